@@ -1,0 +1,784 @@
+"""Spatial gate: gate = sigmoid(conv_k([mean_c x, max_c x]) + bias), out = gate, x * gate or x * gate + x.
+
+Backward, with D = sum_c x * dout (D = dout where the output is the map): dz = D * gate * (1 - gate), dbias = sum dz,
+dweight_m[d] = sum_p dz[p] * map_m[p + d - r], dmap = dz convolved with the flipped weight, and
+dx[c] = dout[c] * gate + davg / C + [c is the first maximum] * dmax; ties="even" shares dmax among all maxima.
+
+Kept between the passes: the gate and both maps, in fp32 (fp64 for fp64 input), the maps interleaved (avg, max) in a
+zero frame r wide, so that one row of the convolution is 2k contiguous numbers and needs no mask; and, where the output
+is the map, the index of the maximum. Bytes, with P pixels, F framed pixels, S = bytes of x, a = 4 (8 in fp64):
+
+forward    pool S + 2aF (map: + 4P)      gate 2aF + aP, and 2 S (map: + P * itemsize of x)
+backward   dgate 2 S + 2aP + aF + 4P     dx 2 S + aF + aP + 4P       dweight 3aF
+backward of the map, ties="first"        dgate P * itemsize + aP + aF     dx S + aF + 4P       dweight 3aF
+backward, ties="even"                    dgate + S where the output is the map, dx + S + aP
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from .tiles import map_sizes, max_keep_nan, over_channels, over_pixels, tile_mask, tile_offsets
+from .tuning import (
+    DWEIGHT_BLOCK,
+    DWEIGHT_MAX_SLABS,
+    DWEIGHT_SLAB_POSITIONS,
+    FRAME_BLOCK,
+    SpatialGateConfig,
+    architecture,
+    spatial_gate_config,
+)
+
+NO_INDEX: tl.constexpr = tl.constexpr(2147483647)
+
+
+@triton.jit
+def sigmoid(logit):
+    return 1.0 / (1.0 + tl.exp(-logit))
+
+
+@triton.jit
+def framed_position(offs_p, width, RADIUS: tl.constexpr):
+    """Where pixels lie in a map with a frame RADIUS wide."""
+    row = offs_p // width
+    return (row + RADIUS) * (width + 2 * RADIUS) + offs_p - row * width + RADIUS
+
+
+@triton.jit
+def zero_frame(ptr, height, width, RADIUS: tl.constexpr, VALUES: tl.constexpr, FRAME_BLOCK: tl.constexpr):
+    """Zero the frame of one map of VALUES interleaved numbers a pixel."""
+    row_length = (width + 2 * RADIUS) * VALUES
+    length = (height + 2 * RADIUS) * row_length
+    for start in tl.range(0, length, FRAME_BLOCK):
+        offs = start + tl.arange(0, FRAME_BLOCK)
+        row = offs // row_length
+        column = (offs - row * row_length) // VALUES
+        in_frame = (row < RADIUS) | (row >= height + RADIUS) | (column < RADIUS) | (column >= width + RADIUS)
+        tl.store(ptr + offs, tl.zeros([FRAME_BLOCK], ptr.dtype.element_ty), mask=in_frame & (offs < length))
+
+
+@triton.jit
+def pool_tile(
+    x_ptr, maps_ptr, index_ptr,
+    offs_p, mask_p, channels, width, stride_outer,
+    RADIUS: tl.constexpr, INDEX: tl.constexpr,
+    ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, WHOLE_BLOCKS: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, NUM_STAGES: tl.constexpr,
+):  # fmt: skip
+    """Mean and maximum over the channels of one image's pixels, and the first index of the maximum where wanted."""
+    axis: tl.constexpr = 1 if CHANNELS_LAST else 0
+    shape: tl.constexpr = (BLOCK_P, BLOCK_C) if CHANNELS_LAST else (BLOCK_C, BLOCK_P)
+    acc_dtype: tl.constexpr = maps_ptr.dtype.element_ty
+    total = tl.zeros(shape, acc_dtype)
+    largest = tl.full(shape, float("-inf"), acc_dtype)
+    first = tl.full(shape, NO_INDEX, tl.int32)
+    for start in tl.range(0, channels, BLOCK_C, num_stages=NUM_STAGES):
+        offs_c = start + tl.arange(0, BLOCK_C)
+        mask = tile_mask(offs_c, mask_p, channels, CHANNELS_LAST, WHOLE_BLOCKS)
+        offs = tile_offsets(offs_c, offs_p, stride_outer, ALIGN, CHANNELS_LAST)
+        x = tl.load(x_ptr + offs, mask=mask, other=float("-inf")).to(acc_dtype)
+        if WHOLE_BLOCKS:  # only whole pixels are masked, and their sums are never stored
+            total += x
+        else:
+            total += tl.where(mask, x, 0.0)
+        if INDEX:
+            # strictly larger, or the first NaN: then later equals never win
+            wins = (x > largest) | ((x != x) & (largest == largest)) | ((first == NO_INDEX) & mask)
+            first = tl.where(wins, over_pixels(offs_c, CHANNELS_LAST), first)
+        largest = tl.maximum(largest, x, propagate_nan=tl.PropagateNan.ALL)
+    peak = max_keep_nan(largest, axis)
+    position = 2 * framed_position(offs_p, width, RADIUS)
+    tl.store(maps_ptr + position, tl.sum(total, axis) / channels, mask=mask_p)
+    tl.store(maps_ptr + position + 1, peak, mask=mask_p)
+    if INDEX:
+        peaks = over_channels(peak, CHANNELS_LAST)
+        is_peak = (largest == peaks) | ((largest != largest) & (peaks != peaks))
+        tl.store(index_ptr + offs_p, tl.min(tl.where(is_peak, first, NO_INDEX), axis), mask=mask_p)
+
+
+@triton.jit
+def logit_at(
+    maps_ptr, weight_ptr, bias_ptr,
+    offs_p, mask_p, width, stride_wm, stride_wh, stride_ww,
+    KERNEL: tl.constexpr, LANES: tl.constexpr, AVG_FIRST: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """The convolution of both maps at pixels of one image; a row of taps is a row of LANES >= 2 * KERNEL lanes."""
+    acc_dtype: tl.constexpr = maps_ptr.dtype.element_ty
+    lane = tl.arange(0, LANES)
+    in_row = lane < 2 * KERNEL
+    is_max = lane % 2
+    framed_width = width + 2 * (KERNEL // 2)
+    row = offs_p // width
+    top_left = tl.where(mask_p, row * framed_width + offs_p - row * width, 0)  # in bounds also behind the last pixel
+    ptrs = maps_ptr + 2 * top_left[:, None] + lane[None, :]  # [BLOCK_P, LANES]
+    weight_ptrs = weight_ptr + (is_max if AVG_FIRST else 1 - is_max) * stride_wm + lane // 2 * stride_ww
+    acc = tl.zeros([BLOCK_P, LANES], acc_dtype)
+    for dh in tl.range(KERNEL):
+        taps = tl.load(weight_ptrs + dh * stride_wh, mask=in_row, other=0.0).to(acc_dtype)
+        acc += tl.load(ptrs, mask=in_row[None, :], other=0.0) * taps[None, :]
+        ptrs += 2 * framed_width
+    logit = tl.sum(acc, 1)
+    if HAS_BIAS:
+        logit += tl.load(bias_ptr).to(acc_dtype)
+    return logit
+
+
+@triton.jit
+def scale_tile(
+    x_ptr, out_ptr,
+    gate, offs_p, mask_p, channels, stride_outer, out_stride_outer,
+    OUTPUT: tl.constexpr, ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, WHOLE_BLOCKS: tl.constexpr,
+    BLOCK_C: tl.constexpr, NUM_STAGES: tl.constexpr,
+):  # fmt: skip
+    """out = x * gate (+ x) for the pixels of one image."""
+    gates = over_channels(gate, CHANNELS_LAST)
+    for start in tl.range(0, channels, BLOCK_C, num_stages=NUM_STAGES):
+        offs_c = start + tl.arange(0, BLOCK_C)
+        mask = tile_mask(offs_c, mask_p, channels, CHANNELS_LAST, WHOLE_BLOCKS)
+        offs = tile_offsets(offs_c, offs_p, stride_outer, ALIGN, CHANNELS_LAST)
+        x = tl.load(x_ptr + offs, mask=mask, other=0.0, eviction_policy="evict_first").to(gate.dtype)
+        out = x * gates
+        if OUTPUT == "residual":
+            out += x
+        out_offs = tile_offsets(offs_c, offs_p, out_stride_outer, ALIGN, CHANNELS_LAST)
+        tl.store(out_ptr + out_offs, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def dgate_tile(
+    x_ptr, dout_ptr, maps_ptr, gate_ptr, dz_ptr, index_ptr,
+    offs_p, mask_p, channels, width, stride_outer, dout_stride_outer,
+    RADIUS: tl.constexpr, OUTPUT: tl.constexpr, EVEN_TIES: tl.constexpr,
+    ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, WHOLE_BLOCKS: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, NUM_STAGES: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the logit, and from the same read of x the first index of the maximum (how many, EVEN_TIES)."""
+    axis: tl.constexpr = 1 if CHANNELS_LAST else 0
+    shape: tl.constexpr = (BLOCK_P, BLOCK_C) if CHANNELS_LAST else (BLOCK_C, BLOCK_P)
+    acc_dtype: tl.constexpr = maps_ptr.dtype.element_ty
+    scaled: tl.constexpr = OUTPUT == "gated" or OUTPUT == "residual"
+    position = framed_position(offs_p, width, RADIUS)
+    if scaled or EVEN_TIES:
+        peak = tl.load(maps_ptr + 2 * position + 1, mask=mask_p, other=0.0)
+        peaks = over_channels(peak, CHANNELS_LAST)
+        acc = tl.zeros(shape, acc_dtype)
+        if EVEN_TIES:
+            index = tl.zeros(shape, tl.int32)
+        else:
+            index = tl.full(shape, NO_INDEX, tl.int32)
+        for start in tl.range(0, channels, BLOCK_C, num_stages=NUM_STAGES):
+            offs_c = start + tl.arange(0, BLOCK_C)
+            mask = tile_mask(offs_c, mask_p, channels, CHANNELS_LAST, WHOLE_BLOCKS)
+            offs = tile_offsets(offs_c, offs_p, stride_outer, ALIGN, CHANNELS_LAST)
+            x = tl.load(x_ptr + offs, mask=mask, other=0.0, eviction_policy="evict_first").to(acc_dtype)
+            if scaled:
+                dout_offs = tile_offsets(offs_c, offs_p, dout_stride_outer, ALIGN, CHANNELS_LAST)
+                acc += x * tl.load(dout_ptr + dout_offs, mask=mask, other=0.0).to(acc_dtype)
+            if WHOLE_BLOCKS:
+                is_peak = x == peaks
+            else:
+                is_peak = (x == peaks) & mask
+            if EVEN_TIES:
+                index += is_peak.to(tl.int32)
+            else:
+                index = tl.minimum(index, tl.where(is_peak, over_pixels(offs_c, CHANNELS_LAST), NO_INDEX))
+        if EVEN_TIES:
+            tl.store(index_ptr + offs_p, tl.sum(index, axis), mask=mask_p)
+        else:
+            tl.store(index_ptr + offs_p, tl.min(index, axis), mask=mask_p)
+    if scaled:
+        dgate = tl.sum(acc, axis)
+    else:
+        dgate = tl.load(dout_ptr + offs_p, mask=mask_p, other=0.0).to(acc_dtype)
+    if OUTPUT == "logit":
+        dz = dgate
+    else:
+        gate = tl.load(gate_ptr + offs_p, mask=mask_p, other=0.0)
+        dz = dgate * gate * (1.0 - gate)
+    tl.store(dz_ptr + position, dz, mask=mask_p)
+
+
+@triton.jit
+def dmaps_at(
+    dz_ptr, weight_ptr,
+    offs_p, mask_p, width, stride_wm, stride_wh, stride_ww,
+    KERNEL: tl.constexpr, LANES: tl.constexpr, AVG_FIRST: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Gradients of both maps at pixels of one image: dz convolved with the flipped weight."""
+    acc_dtype: tl.constexpr = dz_ptr.dtype.element_ty
+    lane = tl.arange(0, LANES)
+    in_row = lane < KERNEL
+    framed_width = width + 2 * (KERNEL // 2)
+    row = offs_p // width
+    top_left = tl.where(mask_p, row * framed_width + offs_p - row * width, 0)
+    ptrs = dz_ptr + top_left[:, None] + lane[None, :]  # [BLOCK_P, LANES]
+    avg_ptrs = weight_ptr + (0 if AVG_FIRST else stride_wm) + (KERNEL - 1 - lane) * stride_ww
+    max_ptrs = weight_ptr + (stride_wm if AVG_FIRST else 0) + (KERNEL - 1 - lane) * stride_ww
+    davg = tl.zeros([BLOCK_P, LANES], acc_dtype)
+    dmax = tl.zeros([BLOCK_P, LANES], acc_dtype)
+    for dh in tl.range(KERNEL):
+        dz = tl.load(ptrs, mask=in_row[None, :], other=0.0)
+        ptrs += framed_width
+        flipped = (KERNEL - 1 - dh) * stride_wh
+        davg += dz * tl.load(avg_ptrs + flipped, mask=in_row, other=0.0).to(acc_dtype)[None, :]
+        dmax += dz * tl.load(max_ptrs + flipped, mask=in_row, other=0.0).to(acc_dtype)[None, :]
+    return tl.sum(davg, 1), tl.sum(dmax, 1)
+
+
+@triton.jit
+def dx_tile(
+    x_ptr, dout_ptr, maps_ptr, gate_ptr, index_ptr, dx_ptr,
+    davg, dmax, offs_p, mask_p, channels, width, stride_outer, dout_stride_outer, dx_stride_outer,
+    RADIUS: tl.constexpr, OUTPUT: tl.constexpr, EVEN_TIES: tl.constexpr,
+    ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, WHOLE_BLOCKS: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, NUM_STAGES: tl.constexpr,
+):  # fmt: skip
+    """dx = dout * gate (+ dout) + davg / channels, and dmax where the maximum was."""
+    shape: tl.constexpr = (BLOCK_P, BLOCK_C) if CHANNELS_LAST else (BLOCK_C, BLOCK_P)
+    acc_dtype: tl.constexpr = gate_ptr.dtype.element_ty
+    scaled: tl.constexpr = OUTPUT == "gated" or OUTPUT == "residual"
+    index = tl.load(index_ptr + offs_p, mask=mask_p, other=-1)
+    if EVEN_TIES:
+        peaks = over_channels(
+            tl.load(maps_ptr + 2 * framed_position(offs_p, width, RADIUS) + 1, mask=mask_p, other=0.0), CHANNELS_LAST
+        )
+        dmax = dmax / tl.maximum(index, 1).to(acc_dtype)  # no index where the maximum is NaN: nothing equals it
+    davgs = over_channels(davg / channels, CHANNELS_LAST)
+    dmaxes = over_channels(dmax, CHANNELS_LAST)
+    indices = over_channels(index, CHANNELS_LAST)
+    if scaled:
+        gates = over_channels(tl.load(gate_ptr + offs_p, mask=mask_p, other=0.0), CHANNELS_LAST)
+    for start in tl.range(0, channels, BLOCK_C, num_stages=NUM_STAGES):
+        offs_c = start + tl.arange(0, BLOCK_C)
+        mask = tile_mask(offs_c, mask_p, channels, CHANNELS_LAST, WHOLE_BLOCKS)
+        dx = tl.zeros(shape, acc_dtype) + davgs
+        if scaled:
+            dout_offs = tile_offsets(offs_c, offs_p, dout_stride_outer, ALIGN, CHANNELS_LAST)
+            dout = tl.load(dout_ptr + dout_offs, mask=mask, other=0.0, eviction_policy="evict_first").to(acc_dtype)
+            dx += dout * gates
+            if OUTPUT == "residual":
+                dx += dout
+        if EVEN_TIES:
+            offs = tile_offsets(offs_c, offs_p, stride_outer, ALIGN, CHANNELS_LAST)
+            is_peak = tl.load(x_ptr + offs, mask=mask, other=0.0).to(acc_dtype) == peaks
+        else:
+            is_peak = over_pixels(offs_c, CHANNELS_LAST) == indices
+        # not dx + where(is_peak, dmax, 0): that form converts layouts inside the loop
+        dx = tl.where(is_peak, dx + dmaxes, dx)
+        dx_offs = tile_offsets(offs_c, offs_p, dx_stride_outer, ALIGN, CHANNELS_LAST)
+        tl.store(dx_ptr + dx_offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _spatial_gate_fwd_pool_kernel(
+    x_ptr, maps_ptr, index_ptr,
+    outer, inner, height, width, n_tiles,
+    stride_xb, stride_xo,
+    RADIUS: tl.constexpr, INDEX: tl.constexpr,
+    ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, WHOLE_BLOCKS: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, NUM_STAGES: tl.constexpr, FRAME_BLOCK: tl.constexpr,
+):  # fmt: skip
+    # n_tiles programs an image, and one more that zeroes the frame of its maps
+    pid = tl.program_id(0)
+    image = (pid // (n_tiles + 1)).to(tl.int64)
+    tile = pid % (n_tiles + 1)
+    channels, pixels = map_sizes(outer, inner, ALIGN, CHANNELS_LAST)
+    maps_ptr += image * (height + 2 * RADIUS) * (width + 2 * RADIUS) * 2
+    if tile == n_tiles:
+        zero_frame(maps_ptr, height, width, RADIUS, 2, FRAME_BLOCK)
+    else:
+        offs_p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
+        pool_tile(
+            x_ptr + image * stride_xb * ALIGN, maps_ptr, index_ptr + image * pixels,
+            offs_p, offs_p < pixels, channels, width, stride_xo,
+            RADIUS, INDEX, ALIGN, CHANNELS_LAST, WHOLE_BLOCKS, BLOCK_P, BLOCK_C, NUM_STAGES,
+        )  # fmt: skip
+
+
+@triton.jit
+def _spatial_gate_fwd_kernel(
+    x_ptr, maps_ptr, weight_ptr, bias_ptr, gate_ptr, out_ptr,
+    outer, inner, height, width, n_tiles,
+    stride_xb, stride_xo, stride_wm, stride_wh, stride_ww,
+    KERNEL: tl.constexpr, LANES: tl.constexpr, AVG_FIRST: tl.constexpr, HAS_BIAS: tl.constexpr,
+    OUTPUT: tl.constexpr, KEEP: tl.constexpr,
+    ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, WHOLE_BLOCKS: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, NUM_STAGES: tl.constexpr,
+):  # fmt: skip
+    RADIUS: tl.constexpr = KERNEL // 2
+    pid = tl.num_programs(0) - 1 - tl.program_id(0)  # last pooled, first scaled: that x is still in L2
+    image = (pid // n_tiles).to(tl.int64)
+    channels, pixels = map_sizes(outer, inner, ALIGN, CHANNELS_LAST)
+    offs_p = pid % n_tiles * BLOCK_P + tl.arange(0, BLOCK_P)
+    mask_p = offs_p < pixels
+    logit = logit_at(
+        maps_ptr + image * (height + 2 * RADIUS) * (width + 2 * RADIUS) * 2, weight_ptr, bias_ptr,
+        offs_p, mask_p, width, stride_wm, stride_wh, stride_ww,
+        KERNEL, LANES, AVG_FIRST, HAS_BIAS, BLOCK_P,
+    )  # fmt: skip
+    gate = sigmoid(logit)
+    if KEEP:
+        tl.store(gate_ptr + image * pixels + offs_p, gate, mask=mask_p)
+    if OUTPUT == "map":
+        tl.store(out_ptr + image * pixels + offs_p, gate.to(out_ptr.dtype.element_ty), mask=mask_p)
+    elif OUTPUT == "logit":
+        tl.store(out_ptr + image * pixels + offs_p, logit.to(out_ptr.dtype.element_ty), mask=mask_p)
+    else:
+        scale_tile(
+            x_ptr + image * stride_xb * ALIGN, out_ptr + image * channels * pixels,
+            gate, offs_p, mask_p, channels, stride_xo, inner,
+            OUTPUT, ALIGN, CHANNELS_LAST, WHOLE_BLOCKS, BLOCK_C, NUM_STAGES,
+        )  # fmt: skip
+
+
+@triton.jit
+def _spatial_gate_fwd_lagged_kernel(
+    x_ptr, maps_ptr, weight_ptr, bias_ptr, gate_ptr, out_ptr, counters_ptr,
+    outer, inner, height, width, n_tiles, n_tickets, lag,
+    stride_xb, stride_xo, stride_wm, stride_wh, stride_ww,
+    KERNEL: tl.constexpr, LANES: tl.constexpr, AVG_FIRST: tl.constexpr, HAS_BIAS: tl.constexpr,
+    OUTPUT: tl.constexpr, KEEP: tl.constexpr,
+    ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, WHOLE_BLOCKS: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, NUM_STAGES: tl.constexpr, FRAME_BLOCK: tl.constexpr,
+):  # fmt: skip
+    # Ticket t pools tile t, then finishes tile t - lag, whose x is still in L2. counters: [ticket, pooled tiles of
+    # each image], zero at launch. A program waits for smaller tickets only, which running programs hold: no deadlock.
+    RADIUS: tl.constexpr = KERNEL // 2
+    channels, pixels = map_sizes(outer, inner, ALIGN, CHANNELS_LAST)
+    framed = (height + 2 * RADIUS) * (width + 2 * RADIUS)
+    ticket = tl.atomic_add(counters_ptr, 1, sem="relaxed")
+    if ticket < n_tickets:
+        image = (ticket // (n_tiles + 1)).to(tl.int64)
+        tile = ticket % (n_tiles + 1)
+        if tile == n_tiles:
+            zero_frame(maps_ptr + image * framed * 2, height, width, RADIUS, 2, FRAME_BLOCK)
+        else:
+            offs_p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
+            pool_tile(
+                x_ptr + image * stride_xb * ALIGN, maps_ptr + image * framed * 2, gate_ptr,
+                offs_p, offs_p < pixels, channels, width, stride_xo,
+                RADIUS, False, ALIGN, CHANNELS_LAST, WHOLE_BLOCKS, BLOCK_P, BLOCK_C, NUM_STAGES,
+            )  # fmt: skip
+        tl.debug_barrier()  # every thread's stores come before the one release
+        tl.atomic_add(counters_ptr + 1 + image, 1, sem="release")
+    late = ticket - lag
+    if late >= 0:
+        image = (late // (n_tiles + 1)).to(tl.int64)
+        tile = late % (n_tiles + 1)
+        if tile < n_tiles:
+            offs_p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
+            mask_p = offs_p < pixels
+            while tl.atomic_add(counters_ptr + 1 + image, 0, sem="acquire") <= n_tiles:
+                pass
+            gate = sigmoid(
+                logit_at(
+                    maps_ptr + image * framed * 2, weight_ptr, bias_ptr,
+                    offs_p, mask_p, width, stride_wm, stride_wh, stride_ww,
+                    KERNEL, LANES, AVG_FIRST, HAS_BIAS, BLOCK_P,
+                )
+            )  # fmt: skip
+            if KEEP:
+                tl.store(gate_ptr + image * pixels + offs_p, gate, mask=mask_p)
+            scale_tile(
+                x_ptr + image * stride_xb * ALIGN, out_ptr + image * channels * pixels,
+                gate, offs_p, mask_p, channels, stride_xo, inner,
+                OUTPUT, ALIGN, CHANNELS_LAST, WHOLE_BLOCKS, BLOCK_C, NUM_STAGES,
+            )  # fmt: skip
+
+
+@triton.jit
+def _spatial_gate_bwd_dgate_kernel(
+    x_ptr, dout_ptr, maps_ptr, gate_ptr, dz_ptr, index_ptr,
+    outer, inner, height, width, n_tiles,
+    stride_xb, stride_xo, stride_dob, stride_doo,
+    RADIUS: tl.constexpr, OUTPUT: tl.constexpr, EVEN_TIES: tl.constexpr,
+    ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, WHOLE_BLOCKS: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, NUM_STAGES: tl.constexpr, FRAME_BLOCK: tl.constexpr,
+):  # fmt: skip
+    # n_tiles programs an image, and one more that zeroes the frame of dz
+    pid = tl.program_id(0)
+    image = (pid // (n_tiles + 1)).to(tl.int64)
+    tile = pid % (n_tiles + 1)
+    channels, pixels = map_sizes(outer, inner, ALIGN, CHANNELS_LAST)
+    framed = (height + 2 * RADIUS) * (width + 2 * RADIUS)
+    scaled: tl.constexpr = OUTPUT == "gated" or OUTPUT == "residual"
+    if scaled:
+        dout_ptr += image * stride_dob * ALIGN
+    else:
+        dout_ptr += image * pixels
+    if tile == n_tiles:
+        zero_frame(dz_ptr + image * framed, height, width, RADIUS, 1, FRAME_BLOCK)
+    else:
+        offs_p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
+        dgate_tile(
+            x_ptr + image * stride_xb * ALIGN, dout_ptr, maps_ptr + image * framed * 2,
+            gate_ptr + image * pixels, dz_ptr + image * framed, index_ptr + image * pixels,
+            offs_p, offs_p < pixels, channels, width, stride_xo, stride_doo,
+            RADIUS, OUTPUT, EVEN_TIES, ALIGN, CHANNELS_LAST, WHOLE_BLOCKS, BLOCK_P, BLOCK_C, NUM_STAGES,
+        )  # fmt: skip
+
+
+@triton.jit
+def _spatial_gate_bwd_dx_kernel(
+    x_ptr, dout_ptr, maps_ptr, gate_ptr, weight_ptr, dz_ptr, index_ptr, dx_ptr,
+    outer, inner, height, width, n_tiles,
+    stride_xb, stride_xo, stride_dob, stride_doo, stride_wm, stride_wh, stride_ww,
+    KERNEL: tl.constexpr, LANES: tl.constexpr, AVG_FIRST: tl.constexpr, OUTPUT: tl.constexpr, EVEN_TIES: tl.constexpr,
+    ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, WHOLE_BLOCKS: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, NUM_STAGES: tl.constexpr,
+):  # fmt: skip
+    RADIUS: tl.constexpr = KERNEL // 2
+    pid = tl.num_programs(0) - 1 - tl.program_id(0)  # dout read last by dgate is still in L2
+    image = (pid // n_tiles).to(tl.int64)
+    channels, pixels = map_sizes(outer, inner, ALIGN, CHANNELS_LAST)
+    framed = (height + 2 * RADIUS) * (width + 2 * RADIUS)
+    offs_p = pid % n_tiles * BLOCK_P + tl.arange(0, BLOCK_P)
+    mask_p = offs_p < pixels
+    davg, dmax = dmaps_at(
+        dz_ptr + image * framed, weight_ptr,
+        offs_p, mask_p, width, stride_wm, stride_wh, stride_ww,
+        KERNEL, LANES // 2, AVG_FIRST, BLOCK_P,
+    )  # fmt: skip
+    dx_tile(
+        x_ptr + image * stride_xb * ALIGN, dout_ptr + image * stride_dob * ALIGN,
+        maps_ptr + image * framed * 2, gate_ptr + image * pixels, index_ptr + image * pixels,
+        dx_ptr + image * channels * pixels,
+        davg, dmax, offs_p, mask_p, channels, width, stride_xo, stride_doo, inner,
+        RADIUS, OUTPUT, EVEN_TIES, ALIGN, CHANNELS_LAST, WHOLE_BLOCKS, BLOCK_P, BLOCK_C, NUM_STAGES,
+    )  # fmt: skip
+
+
+@triton.jit
+def _spatial_gate_bwd_lagged_kernel(
+    x_ptr, dout_ptr, maps_ptr, gate_ptr, weight_ptr, dz_ptr, index_ptr, dx_ptr, counters_ptr,
+    outer, inner, height, width, n_tiles, n_tickets, lag,
+    stride_xb, stride_xo, stride_dob, stride_doo, stride_wm, stride_wh, stride_ww,
+    KERNEL: tl.constexpr, LANES: tl.constexpr, AVG_FIRST: tl.constexpr, OUTPUT: tl.constexpr,
+    ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, WHOLE_BLOCKS: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, NUM_STAGES: tl.constexpr, FRAME_BLOCK: tl.constexpr,
+):  # fmt: skip
+    # tickets as in the forward: dgate of tile t, then dx of tile t - lag, whose dout is still in L2
+    RADIUS: tl.constexpr = KERNEL // 2
+    channels, pixels = map_sizes(outer, inner, ALIGN, CHANNELS_LAST)
+    framed = (height + 2 * RADIUS) * (width + 2 * RADIUS)
+    ticket = tl.atomic_add(counters_ptr, 1, sem="relaxed")
+    if ticket < n_tickets:
+        image = (ticket // (n_tiles + 1)).to(tl.int64)
+        tile = ticket % (n_tiles + 1)
+        if tile == n_tiles:
+            zero_frame(dz_ptr + image * framed, height, width, RADIUS, 1, FRAME_BLOCK)
+        else:
+            offs_p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
+            dgate_tile(
+                x_ptr + image * stride_xb * ALIGN, dout_ptr + image * stride_dob * ALIGN,
+                maps_ptr + image * framed * 2, gate_ptr + image * pixels,
+                dz_ptr + image * framed, index_ptr + image * pixels,
+                offs_p, offs_p < pixels, channels, width, stride_xo, stride_doo,
+                RADIUS, OUTPUT, False, ALIGN, CHANNELS_LAST, WHOLE_BLOCKS, BLOCK_P, BLOCK_C, NUM_STAGES,
+            )  # fmt: skip
+        tl.debug_barrier()
+        tl.atomic_add(counters_ptr + 1 + image, 1, sem="release")
+    late = ticket - lag
+    if late >= 0:
+        image = (late // (n_tiles + 1)).to(tl.int64)
+        tile = late % (n_tiles + 1)
+        if tile < n_tiles:
+            offs_p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
+            mask_p = offs_p < pixels
+            while tl.atomic_add(counters_ptr + 1 + image, 0, sem="acquire") <= n_tiles:
+                pass
+            davg, dmax = dmaps_at(
+                dz_ptr + image * framed, weight_ptr,
+                offs_p, mask_p, width, stride_wm, stride_wh, stride_ww,
+                KERNEL, LANES // 2, AVG_FIRST, BLOCK_P,
+            )  # fmt: skip
+            dx_tile(
+                x_ptr, dout_ptr + image * stride_dob * ALIGN,
+                maps_ptr, gate_ptr + image * pixels, index_ptr + image * pixels, dx_ptr + image * channels * pixels,
+                davg, dmax, offs_p, mask_p, channels, width, stride_xo, stride_doo, inner,
+                RADIUS, OUTPUT, False, ALIGN, CHANNELS_LAST, WHOLE_BLOCKS, BLOCK_P, BLOCK_C, NUM_STAGES,
+            )  # fmt: skip
+
+
+@triton.jit
+def _spatial_gate_bwd_dweight_kernel(
+    dz_ptr, maps_ptr, partials_ptr,
+    n_framed, height, width, n_slabs,
+    KERNEL: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    # one program a slab of all framed pixels and a kernel row; the slabs are fixed, so the sum is deterministic
+    RADIUS: tl.constexpr = KERNEL // 2
+    pid = tl.program_id(0)
+    slab = (pid // KERNEL).to(tl.int64)
+    dh = pid % KERNEL
+    framed_height = height + 2 * RADIUS
+    framed_width = width + 2 * RADIUS
+    skipped = RADIUS * framed_width + RADIUS  # leading and trailing positions of the buffer are all frame
+    lane = tl.arange(0, LANES)
+    shift = (dh - RADIUS) * framed_width - RADIUS
+    acc = tl.zeros([BLOCK, LANES], dz_ptr.dtype.element_ty)
+    for start in tl.range(skipped + slab * BLOCK, n_framed - skipped, n_slabs * BLOCK):
+        position = start + tl.arange(0, BLOCK)
+        row = position // framed_width % framed_height
+        column = position % framed_width
+        is_pixel = (row >= RADIUS) & (row < height + RADIUS) & (column >= RADIUS) & (column < width + RADIUS)
+        is_pixel = is_pixel & (position < n_framed - skipped)
+        dz = tl.load(dz_ptr + position, mask=is_pixel, other=0.0)
+        # lanes behind the row read 1: the first of them sums dz, which is the gradient of the bias
+        mask = is_pixel[:, None] & (lane < 2 * KERNEL)[None, :]
+        maps = tl.load(maps_ptr + 2 * (position + shift)[:, None] + lane[None, :], mask=mask, other=1.0)
+        acc += dz[:, None] * maps  # [BLOCK, LANES]
+    tl.store(partials_ptr + pid * LANES + lane, tl.sum(acc, 0))
+
+
+@triton.jit
+def _spatial_gate_bwd_dweight_sum_kernel(
+    partials_ptr, dweight_ptr, dbias_ptr,
+    stride_wm, stride_wh, stride_ww,
+    KERNEL: tl.constexpr, LANES: tl.constexpr, AVG_FIRST: tl.constexpr, SLABS: tl.constexpr,
+):  # fmt: skip
+    dh = tl.program_id(0)
+    lane = tl.arange(0, LANES)
+    slab = tl.arange(0, SLABS)
+    total = tl.sum(tl.load(partials_ptr + (slab[:, None] * KERNEL + dh) * LANES + lane[None, :]), 0)
+    is_max = lane % 2
+    offs = (is_max if AVG_FIRST else 1 - is_max) * stride_wm + dh * stride_wh + lane // 2 * stride_ww
+    tl.store(dweight_ptr + offs, total.to(dweight_ptr.dtype.element_ty), mask=lane < 2 * KERNEL)
+    if dh == 0:
+        tl.store(dbias_ptr + lane * 0, total.to(dbias_ptr.dtype.element_ty), mask=lane == 2 * KERNEL)
+
+
+def addressable(x: torch.Tensor, channels_last: bool) -> tuple[torch.Tensor, tuple[int, int]]:
+    """A (B, C, H, W) tensor and its (batch, outer) strides; a copy where the pixels of a plane do not lie in a row."""
+    _, channels, height, width = x.shape
+    stride_b, stride_c, stride_h, stride_w = x.stride()
+    if channels_last:
+        if (stride_c == 1 or channels == 1) and (stride_h == width * stride_w or height == 1):
+            return x, (stride_b, stride_h if width == 1 else stride_w)
+        x = x.contiguous(memory_format=torch.channels_last)
+        return x, (channels * height * width, channels)
+    if (stride_w == 1 or width == 1) and (stride_h == width or height == 1):
+        return x, (stride_b, stride_c)
+    return x.contiguous(), (channels * height * width, height * width)
+
+
+def _plan(
+    like: torch.Tensor, channels: int, height: int, width: int, strides: tuple[int, ...], channels_last: bool,
+    config: SpatialGateConfig | None,
+):  # fmt: skip
+    """What every launch over tiles takes: the configuration, sizes, strides and constexprs."""
+    pixels = height * width
+    config = config or spatial_gate_config(
+        architecture(like.device), itemsize=like.element_size(), pixels=pixels, channels_last=channels_last
+    )
+    inner, outer = (channels, pixels) if channels_last else (pixels, channels)
+    align = math.gcd(16, inner, *strides)
+    sizes = (outer, inner // align, height, width, triton.cdiv(pixels, config.block_p))
+    options = {
+        "ALIGN": align,
+        "CHANNELS_LAST": channels_last,
+        "WHOLE_BLOCKS": channels % config.block_c == 0,
+        "BLOCK_P": config.block_p,
+        "BLOCK_C": config.block_c,
+        "NUM_STAGES": config.num_stages,
+        "num_warps": config.num_warps,
+    }
+    return config, sizes, [stride // align for stride in strides], options
+
+
+def _framed_empty(x: torch.Tensor, batch: int, height: int, width: int, kernel: int, values: int) -> torch.Tensor:
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    shape = (batch, height + kernel - 1, width + kernel - 1, values)
+    return torch.empty(shape, dtype=dtype, device=x.device)
+
+
+def spatial_gate_infer(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, order: str, output: str
+) -> torch.Tensor:
+    """Launch the forward for its output alone; arguments as in ``spatial_gate_forward``."""
+    return spatial_gate_forward(x, weight, bias, order, output, "first", keep=False)[0]
+
+
+def spatial_gate_forward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    order: str,
+    output: str,
+    ties: str,
+    keep: bool = True,
+    config: SpatialGateConfig | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Launch the forward.
+
+    Args:
+        x: (B, C, H, W), not empty; read in place as contiguous or channels_last, also a slice of such a tensor.
+        weight: (1, 2, k, k), any strides.
+        bias: (1,) or None.
+        order: "avg_max" where weight[:, 0] meets the mean, "max_avg" where it meets the maximum.
+        output: "gated", "residual", "map" or "logit".
+        ties: "first" or "even".
+        keep: whether a backward will follow.
+        config: block sizes and so on; chosen from the table when None.
+
+    Returns:
+        out; gate (B, 1, H, W); maps (B, H + k - 1, W + k - 1, 2); index (B, 1, H, W) int32 of the maximum where the
+        backward of "map" and "logit" needs it. What is not kept is empty, (0,).
+    """
+    batch, channels, height, width = x.shape
+    kernel = weight.shape[-1]
+    channels_last = x.stride(1) < x.stride(3)
+    x, strides = addressable(x, channels_last)
+    config, sizes, strides, options = _plan(x, channels, height, width, strides, channels_last, config)
+    n_tiles = sizes[-1]
+    scaled = output in ("gated", "residual")
+
+    maps = _framed_empty(x, batch, height, width, kernel, 2)
+    save_index = keep and not scaled and ties == "first"
+    plane = (batch, 1, height, width)
+    gate = torch.empty(plane if keep else (0,), dtype=maps.dtype, device=x.device)
+    index = torch.empty(plane if save_index else (0,), dtype=torch.int32, device=x.device)
+    if scaled:
+        memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
+    else:
+        out = torch.empty(plane, dtype=x.dtype, device=x.device)
+
+    gate_options = {
+        "KERNEL": kernel,
+        "LANES": triton.next_power_of_2(2 * kernel + 1),
+        "AVG_FIRST": order == "avg_max",
+        "HAS_BIAS": bias is not None,
+        "OUTPUT": output,
+        "KEEP": keep,
+    }
+    bias = weight if bias is None else bias  # never read without HAS_BIAS
+    if scaled and n_tiles <= config.lag:
+        n_tickets = batch * (n_tiles + 1)
+        counters = torch.zeros(1 + batch, dtype=torch.int32, device=x.device)
+        _spatial_gate_fwd_lagged_kernel[(n_tickets + config.lag,)](
+            x, maps, weight, bias, gate, out, counters,
+            *sizes, n_tickets, config.lag,
+            *strides, *weight.stride()[1:],
+            FRAME_BLOCK=FRAME_BLOCK, **gate_options, **options,
+        )  # fmt: skip
+        return out, gate, maps, index
+    _spatial_gate_fwd_pool_kernel[(batch * (n_tiles + 1),)](
+        x, maps, index,
+        *sizes,
+        *strides,
+        RADIUS=kernel // 2, INDEX=save_index, FRAME_BLOCK=FRAME_BLOCK, **options,
+    )  # fmt: skip
+    _spatial_gate_fwd_kernel[(batch * n_tiles,)](
+        x, maps, weight, bias, gate, out,
+        *sizes,
+        *strides, *weight.stride()[1:],
+        **gate_options, **options,
+    )  # fmt: skip
+    return out, gate, maps, index
+
+
+def spatial_gate_backward(
+    dout: torch.Tensor,
+    x: torch.Tensor | None,
+    weight: torch.Tensor,
+    gate: torch.Tensor,
+    maps: torch.Tensor,
+    index: torch.Tensor,
+    channels: int,
+    channels_last: bool,
+    order: str,
+    output: str,
+    ties: str,
+    needs_dx: bool,
+    needs_dweight: bool,
+    config: SpatialGateConfig | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Launch the backward.
+
+    Args:
+        dout: gradient of out, any strides.
+        x: the input; None for "map" and "logit" with ties="first", which do not read it.
+        weight, order, output, ties, config: as in the forward.
+        gate, maps, index: what the forward kept.
+        channels: C.
+        channels_last: the layout of dx.
+        needs_dx, needs_dweight: which gradients to compute.
+
+    Returns:
+        dx (B, C, H, W), dweight with the strides of weight, dbias (1,); what is not needed is empty, (0,).
+    """
+    batch, _, height, width = gate.shape
+    kernel = weight.shape[-1]
+    scaled = output in ("gated", "residual")
+    even_ties = ties == "even"
+    reads_x = scaled or even_ties
+    x_strides = dout_strides = (0, 0)
+    if reads_x:
+        x, x_strides = addressable(x, channels_last)
+    if scaled:
+        dout, dout_strides = addressable(dout, channels_last)
+    else:
+        dout = dout.contiguous()
+    strides = x_strides + dout_strides
+    config, sizes, strides, options = _plan(dout, channels, height, width, strides, channels_last, config)
+    n_tiles = sizes[-1]
+    x = dout if x is None else x  # never read then
+    if reads_x:
+        index = torch.empty(gate.shape, dtype=torch.int32, device=dout.device)
+    dz = _framed_empty(dout, batch, height, width, kernel, 1)
+    none = torch.empty(0, dtype=dout.dtype, device=dout.device)
+    dx = dweight = dbias = none
+    if needs_dx:
+        memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        shape = (batch, channels, height, width)
+        dx = torch.empty(shape, dtype=dout.dtype, device=dout.device, memory_format=memory_format)
+
+    gate_options = {
+        "KERNEL": kernel,
+        "LANES": triton.next_power_of_2(2 * kernel + 1),
+        "AVG_FIRST": order == "avg_max",
+    }
+    if needs_dx and scaled and not even_ties and n_tiles <= config.lag:
+        n_tickets = batch * (n_tiles + 1)
+        counters = torch.zeros(1 + batch, dtype=torch.int32, device=dout.device)
+        _spatial_gate_bwd_lagged_kernel[(n_tickets + config.lag,)](
+            x, dout, maps, gate, weight, dz, index, dx, counters,
+            *sizes, n_tickets, config.lag,
+            *strides, *weight.stride()[1:],
+            **gate_options, OUTPUT=output, FRAME_BLOCK=FRAME_BLOCK, **options,
+        )  # fmt: skip
+    else:
+        ties_options = {"OUTPUT": output, "EVEN_TIES": even_ties}
+        _spatial_gate_bwd_dgate_kernel[(batch * (n_tiles + 1),)](
+            x, dout, maps, gate, dz, index,
+            *sizes,
+            *strides,
+            RADIUS=kernel // 2, FRAME_BLOCK=FRAME_BLOCK, **ties_options, **options,
+        )  # fmt: skip
+        if needs_dx:
+            _spatial_gate_bwd_dx_kernel[(batch * n_tiles,)](
+                x, dout, maps, gate, weight, dz, index, dx,
+                *sizes,
+                *strides, *weight.stride()[1:],
+                **gate_options, **ties_options, **options,
+            )  # fmt: skip
+    if needs_dweight:
+        n_framed = dz.numel()
+        slabs = min(DWEIGHT_MAX_SLABS, triton.next_power_of_2(triton.cdiv(n_framed, DWEIGHT_SLAB_POSITIONS)))
+        partials = torch.empty((slabs, kernel, gate_options["LANES"]), dtype=dz.dtype, device=dz.device)
+        dweight = torch.empty_like(weight)
+        dbias = torch.empty(1, dtype=weight.dtype, device=weight.device)
+        _spatial_gate_bwd_dweight_kernel[(slabs * kernel,)](
+            dz, maps, partials,
+            n_framed, height, width, slabs,
+            KERNEL=kernel, LANES=gate_options["LANES"], BLOCK=DWEIGHT_BLOCK,
+        )  # fmt: skip
+        _spatial_gate_bwd_dweight_sum_kernel[(kernel,)](
+            partials, dweight, dbias,
+            *dweight.stride()[1:],
+            **gate_options, SLABS=slabs,
+        )  # fmt: skip
+    return dx, dweight, dbias

@@ -1,0 +1,66 @@
+"""Jit helpers that several kernel files use unchanged: addressing a feature map in tiles, and NaN-keeping maxima.
+
+A feature map is read in tiles of one layout: ``[channels, pixels]`` when whole planes lie together (NCHW) and
+``[pixels, channels]`` in channels_last (NHWC). The *inner* axis is the contiguous one. Inner size and strides come
+divided by ALIGN, the largest power of two up to 16 that divides them all: multiplied back here, they let the compiler
+prove alignment, which it otherwise does for multiples of 16 only (14 x 14 pixels would fall to 2-byte loads).
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def map_sizes(outer, inner, ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """(channels, pixels) of a map whose inner size came divided by ALIGN."""
+    if CHANNELS_LAST:
+        return inner * ALIGN, outer
+    else:
+        return outer, inner * ALIGN
+
+
+@triton.jit
+def over_channels(pixel_values, CHANNELS_LAST: tl.constexpr):
+    """A vector of one value a pixel, ready to broadcast over the channels of a tile."""
+    if CHANNELS_LAST:
+        return pixel_values[:, None]
+    else:
+        return pixel_values[None, :]
+
+
+@triton.jit
+def over_pixels(channel_values, CHANNELS_LAST: tl.constexpr):
+    """A vector of one value a channel, ready to broadcast over the pixels of a tile."""
+    if CHANNELS_LAST:
+        return channel_values[None, :]
+    else:
+        return channel_values[:, None]
+
+
+@triton.jit
+def tile_offsets(offs_c, offs_p, stride_outer, ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """Element offsets of a tile inside one image, 64 bits wide: one image may exceed 2^31 elements."""
+    if CHANNELS_LAST:
+        outer = offs_p.to(tl.int64) * stride_outer * ALIGN
+        return over_channels(outer, CHANNELS_LAST) + over_pixels(offs_c, CHANNELS_LAST)
+    else:
+        outer = offs_c.to(tl.int64) * stride_outer * ALIGN
+        return over_pixels(outer, CHANNELS_LAST) + over_channels(offs_p, CHANNELS_LAST)
+
+
+@triton.jit
+def tile_mask(offs_c, mask_p, channels, CHANNELS_LAST: tl.constexpr, WHOLE_BLOCKS: tl.constexpr):
+    """Which elements of a tile exist; WHOLE_BLOCKS says that the channels fill every block."""
+    if WHOLE_BLOCKS:
+        mask_c = offs_c >= 0
+    else:
+        mask_c = offs_c < channels
+    return over_channels(mask_p, CHANNELS_LAST) & over_pixels(mask_c, CHANNELS_LAST)
+
+
+@triton.jit
+def max_keep_nan(values, axis: tl.constexpr):
+    """Maximum along an axis; NaN wherever one stands, as torch.max has it (tl.max drops NaN)."""
+    is_nan = values != values
+    largest = tl.max(tl.where(is_nan, float("-inf"), values), axis)
+    return tl.where(tl.max(is_nan.to(tl.int32), axis) > 0, float("nan"), largest)

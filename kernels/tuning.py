@@ -1,0 +1,84 @@
+"""Every block size, warp and stage count, as data.
+
+A table maps an architecture to rows; the first row that fits a call is used, and an architecture without rows of its
+own uses ``default``. ``benchmarks/tune.py`` sweeps a device and prints rows to paste. The comment behind a row says on
+which device and when it was measured and what it gained over the row it replaced, or "untuned".
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+# The spatial gate's small passes, over numbers a pixel instead of channels x pixels.
+FRAME_BLOCK = 1024  # untuned; numbers zeroed a step
+DWEIGHT_BLOCK = 128  # untuned; positions a step
+DWEIGHT_SLAB_POSITIONS = 1024  # untuned; positions a program, until there are
+DWEIGHT_MAX_SLABS = 512  # untuned; programs a kernel row
+
+
+def architecture(device: torch.device) -> str:
+    """The key of a device in the tables: "sm_90", "gfx942", or "default" where there is no GPU."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return "default"
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return str(properties.gcnArchName).split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+@dataclass(frozen=True)
+class SpatialGateConfig:
+    """How the spatial gate's kernels are cut up.
+
+    Attributes:
+        block_p: pixels a program.
+        block_c: channels a step.
+        num_warps: warps a program.
+        num_stages: steps whose loads are in flight at once.
+        lag: 0 runs two launches a pass. Otherwise one launch finishes each tile this many tiles after pooling it,
+            provided an image has no more tiles than that.
+    """
+
+    block_p: int
+    block_c: int
+    num_warps: int
+    num_stages: int
+    lag: int = 0
+
+
+@dataclass(frozen=True)
+class SpatialGateRow:
+    """One row: the calls it fits, and their configuration.
+
+    Attributes:
+        channels_last: the layout it is for.
+        itemsize: bytes an element, at most.
+        min_pixels: height x width, at least.
+        config: the configuration.
+    """
+
+    channels_last: bool
+    itemsize: int
+    min_pixels: int
+    config: SpatialGateConfig
+
+
+SPATIAL_GATE_TABLE: dict[str, tuple[SpatialGateRow, ...]] = {
+    "default": (
+        SpatialGateRow(False, 2, 512, SpatialGateConfig(block_p=128, block_c=16, num_warps=4, num_stages=1)),  # untuned
+        SpatialGateRow(False, 2, 0, SpatialGateConfig(block_p=32, block_c=32, num_warps=4, num_stages=1)),  # untuned
+        SpatialGateRow(False, 8, 512, SpatialGateConfig(block_p=128, block_c=8, num_warps=4, num_stages=1)),  # untuned
+        SpatialGateRow(False, 8, 0, SpatialGateConfig(block_p=32, block_c=32, num_warps=4, num_stages=1)),  # untuned
+        SpatialGateRow(True, 2, 0, SpatialGateConfig(block_p=32, block_c=64, num_warps=4, num_stages=1)),  # untuned
+        SpatialGateRow(True, 8, 0, SpatialGateConfig(block_p=32, block_c=32, num_warps=4, num_stages=1)),  # untuned
+    ),
+}
+
+
+def spatial_gate_config(arch: str, *, itemsize: int, pixels: int, channels_last: bool) -> SpatialGateConfig:
+    """The configuration of one call: the first row that fits."""
+    rows = SPATIAL_GATE_TABLE.get(arch, SPATIAL_GATE_TABLE["default"])
+    for row in rows:
+        if row.channels_last == channels_last and itemsize <= row.itemsize and pixels >= row.min_pixels:
+            return row.config
+    raise LookupError(f"no row of SPATIAL_GATE_TABLE[{arch!r}] fits: {itemsize=} {pixels=} {channels_last=}")
