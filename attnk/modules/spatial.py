@@ -1,0 +1,272 @@
+"""Spatial attention: the module of the tutorials, of CBAM's spatial half, and of their many copies."""
+
+import copy
+import itertools
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from attnk import dispatch
+from attnk.ops._checks import check_choice
+from attnk.ops.spatial_gate import ORDERS, TIES, spatial_gate
+
+OUTPUTS = ("map", "gated", "residual")
+
+# Under which names the families keep the convolution and its batch norm, and the order they are known to have.
+CONV_NAMES = {
+    "conv1": None,  # this class, and the map-returning tutorials
+    "conv": None,  # tutorials, External-Attention (max, avg), changzy00 (avg, max)
+    "cv1": "avg_max",  # ultralytics
+    "conv.conv": "avg_max",  # timm's SpatialAttn
+    "spatial.conv.conv": "avg_max",  # the same inside timm's CbamModule
+    "spatial.conv": "max_avg",  # the published CBAM's SpatialGate
+    "SpatialGate.spatial.conv": "max_avg",  # the same inside the published CBAM
+}
+NORM_NAMES = ("bn", "conv.bn", "spatial.conv.bn", "spatial.bn", "SpatialGate.spatial.bn")
+
+
+class SpatialAttention(nn.Module):
+    """Attention over the pixels of a feature map (Woo et al., CBAM, 2018, https://arxiv.org/abs/1807.06521).
+
+    ``map = sigmoid(conv([mean over channels, maximum over channels]))``, a k x k convolution from two channels to one.
+    With its defaults the module is a drop-in for the tutorials' class of that name that returns the map; their other
+    variant, which returns ``x * map``, is ``SpatialAttention(bias=True, order="max_avg", output="gated")``. The number
+    of channels need not be known.
+
+    ``load_state_dict`` also takes the keys of the tutorials (``conv.*``), ultralytics (``cv1.weight``), and, with
+    ``norm=True``, timm's (``spatial.conv.conv.*``) and the published CBAM's (``SpatialGate.spatial.conv.*``) spatial
+    half, each with its batch norm; it saves as ``conv1.*`` and ``bn.*``. Keys say nothing about the order of the two
+    channels where families disagree: ``from_module`` finds it out.
+
+    Args:
+        kernel_size: side of the convolution, odd.
+        bias: whether the convolution has one.
+        order: which pooled map comes first in the convolution's input: "avg_max" or "max_avg".
+        output: "map" (B, 1, H, W), "gated" ``x * map``, or "residual" ``x * map + x``.
+        norm: whether a batch norm stands between convolution and sigmoid (momentum 0.01, as published).
+        ties: which of equal maxima has the gradient: "first" as ``torch.max``, "even" shares it as ``torch.amax``.
+        backend: "auto", "triton", "torch" or "reference"; None for the ambient choice (``attnk.use_backend``).
+
+    Raises:
+        ValueError: an even kernel size or an unknown option.
+    """
+
+    def __init__(
+        self,
+        kernel_size: int = 7,
+        *,
+        bias: bool = False,
+        order: str = "avg_max",
+        output: str = "map",
+        norm: bool = False,
+        ties: str = "first",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be an odd positive integer, got {kernel_size!r}")
+        check_choice("order", order, ORDERS)
+        check_choice("output", output, OUTPUTS)
+        check_choice("ties", ties, TIES)
+        if backend is not None:
+            dispatch.check_backend(backend)
+        self.kernel_size = kernel_size
+        self.order = order
+        self.output = output
+        self.ties = ties
+        self.backend = backend
+        self.conv1 = nn.Conv2d(2, 1, kernel_size, padding=kernel_size // 2, bias=bias)
+        self.bn: _BatchNorm | None = nn.BatchNorm2d(1, momentum=0.01) if norm else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Attend.
+
+        Args:
+            x: (B, C, H, W) or (C, H, W), in the dtype of the weights (under autocast, any float dtype), any strides.
+
+        Returns:
+            What ``output`` says, in x's dtype and memory format.
+
+        Raises:
+            ValueError, TypeError: a shape, dtype or device that does not fit; the message names it.
+        """
+        weight, bias = self.conv1.weight, self.conv1.bias
+        uses_batch_statistics = self.bn is not None and (self.bn.training or self.bn.running_mean is None)
+        if self.bn is not None and not uses_batch_statistics:
+            weight, bias = fold_batch_norm(weight, bias, self.bn)
+        output = "logit" if uses_batch_statistics else self.output
+        out = spatial_gate(x, weight, bias, order=self.order, output=output, ties=self.ties, backend=self.backend)
+        if self.bn is None or not uses_batch_statistics:
+            return out
+        # batch statistics stand between convolution and sigmoid
+        logit = out
+        gate = torch.sigmoid(self.bn(logit) if x.dim() == 4 else self.bn(logit.unsqueeze(0)).squeeze(0))
+        if self.output == "map":
+            return gate
+        return x * gate + x if self.output == "residual" else x * gate
+
+    def extra_repr(self) -> str:
+        """The options that the children do not show."""
+        backend = "" if self.backend is None else f", backend={self.backend!r}"
+        return f"order={self.order!r}, output={self.output!r}, ties={self.ties!r}{backend}"
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        error_msgs = args[-1]
+        for name, order in CONV_NAMES.items():
+            if f"{prefix}{name}.weight" in state_dict and order not in (None, self.order):
+                error_msgs.append(
+                    f"{prefix}{name}.weight belongs to a module with order={order!r}, this one has {self.order!r}: "
+                    f"build SpatialAttention(order={order!r}) or use SpatialAttention.from_module"
+                )
+        _rename(state_dict, prefix, CONV_NAMES, "conv1")
+        if self.bn is not None:
+            _rename(state_dict, prefix, NORM_NAMES, "bn")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @classmethod
+    def from_module(cls, module: nn.Module) -> "SpatialAttention":
+        """Build the variant that computes what another module computes, with its weights.
+
+        The variant is found by running: a copy of the module, with random weights, and every candidate of this class
+        must agree on random inputs, in evaluation and in training, ties included. Modules of the families listed above
+        are recognised, and any other that holds one such convolution and computes one of the variants.
+
+        Args:
+            module: a spatial attention module. It is not changed.
+
+        Returns:
+            A module with copies of its weights, on their device, in their dtype and in its mode.
+
+        Raises:
+            ValueError: it is not a spatial attention of these families; the message says what was not recognised.
+        """
+        if isinstance(module, cls):
+            return copy.deepcopy(module)
+        name = type(module).__qualname__
+        found = {path: part for path, part in module.named_modules() if isinstance(part, nn.Conv2d | _BatchNorm)}
+        convs = [(path, part) for path, part in found.items() if isinstance(part, nn.Conv2d)]
+        norms = [part for part in found.values() if isinstance(part, _BatchNorm)]
+        if len(convs) != 1 or len(norms) > 1:
+            raise ValueError(
+                f"{name} was not recognised as spatial attention: it must hold one convolution and at most one batch "
+                f"norm, it has {len(convs)} convolutions and {len(norms)} batch norms"
+            )
+        (path, conv), norm = convs[0], norms[0] if norms else None
+        kernel_size = conv.kernel_size[0]
+        if conv.weight.shape != (1, 2, kernel_size, kernel_size) or kernel_size % 2 == 0:
+            raise ValueError(
+                f"{name} was not recognised as spatial attention: {path}.weight must be (1, 2, k, k) with k odd, "
+                f"got {tuple(conv.weight.shape)}"
+            )
+        strangers = [key for key in module.state_dict() if not key.startswith(tuple(f"{part}." for part in found))]
+        if strangers:
+            raise ValueError(f"{name} was not recognised as spatial attention: unknown keys {strangers}")
+
+        probe = copy.deepcopy(module).to("cpu", torch.float64).requires_grad_()
+        probe_parts = _conv_and_norm(probe)
+        _randomise(*probe_parts)
+        try:
+            probe_state = copy.deepcopy(probe_parts)
+            expected = _fingerprint(probe, kernel_size)
+        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"{name} was not recognised as spatial attention: it failed on a 5-channel map") from error
+        for order, output, ties in itertools.product(ORDERS, OUTPUTS, TIES):
+            built = cls(
+                kernel_size,
+                bias=conv.bias is not None,
+                order=order,
+                output=output,
+                norm=norm is not None,
+                ties=ties,
+            )
+            candidate = copy.deepcopy(built)
+            candidate.backend = "reference"
+            candidate._copy_from(*probe_state)
+            if _agree(_fingerprint(candidate, kernel_size), expected):
+                built._copy_from(conv, norm)
+                return built.train(module.training)
+        raise ValueError(
+            f"{name} was not recognised as spatial attention: with its weights no order, output and tie policy of "
+            "attnk.SpatialAttention gives its values and gradients"
+        )
+
+    def _copy_from(self, conv: nn.Conv2d, norm: _BatchNorm | None) -> None:
+        self.to(conv.weight.device, conv.weight.dtype)
+        self.conv1.load_state_dict(conv.state_dict())
+        for mine, theirs in zip(self.conv1.parameters(), conv.parameters(), strict=True):
+            mine.requires_grad_(theirs.requires_grad)
+        if norm is not None:
+            self.bn = copy.deepcopy(norm)
+
+
+def fold_batch_norm(
+    weight: torch.Tensor, bias: torch.Tensor | None, norm: _BatchNorm
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight and bias of the one convolution that equals a convolution and a batch norm in evaluation mode.
+
+    Args:
+        weight: (1, 2, k, k).
+        bias: (1,) or None.
+        norm: a batch norm of one channel with running statistics.
+
+    Returns:
+        The folded weight (1, 2, k, k) and bias (1,), differentiable.
+    """
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    scale = torch.rsqrt(norm.running_var.to(dtype) + norm.eps)
+    if norm.weight is not None:
+        scale = scale * norm.weight
+    shift = (-norm.running_mean if bias is None else bias - norm.running_mean) * scale
+    if norm.bias is not None:
+        shift = shift + norm.bias
+    return (weight * scale).to(weight.dtype), shift.to(weight.dtype)
+
+
+def _rename(state_dict: dict, prefix: str, names: Any, wanted: str) -> None:
+    for name in names:
+        start = f"{prefix}{name}."
+        for key in [key for key in state_dict if key.startswith(start)]:
+            leaf = key.removeprefix(start)
+            if "." not in leaf and f"{prefix}{wanted}.{leaf}" not in state_dict:
+                state_dict[f"{prefix}{wanted}.{leaf}"] = state_dict.pop(key)
+
+
+def _conv_and_norm(module: nn.Module) -> tuple[nn.Conv2d, _BatchNorm | None]:
+    parts = list(module.modules())
+    norms = [part for part in parts if isinstance(part, _BatchNorm)]
+    return next(part for part in parts if isinstance(part, nn.Conv2d)), norms[0] if norms else None
+
+
+@torch.no_grad()
+def _randomise(conv: nn.Conv2d, norm: _BatchNorm | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    parameters = [*conv.parameters(), *([] if norm is None else norm.parameters())]
+    for parameter in parameters:
+        parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) / 3)
+    if norm is not None and norm.running_mean is not None and norm.running_var is not None:
+        norm.running_mean.fill_(0.3)
+        norm.running_var.fill_(0.7)
+
+
+def _fingerprint(module: nn.Module, kernel_size: int) -> list[torch.Tensor]:
+    """Values, gradients and buffers of a float64 module, in evaluation and in training, on a map full of ties."""
+    generator = torch.Generator().manual_seed(1)
+    shape = (3, 5, kernel_size + 2, kernel_size + 3)
+    x = torch.randint(-4, 5, shape, generator=generator).double().requires_grad_()
+    prints = []
+    for training in (False, True):
+        out = module.train(training)(x)
+        dout = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape)
+        prints += [out.detach(), *torch.autograd.grad(out, x, dout)]
+    return prints + [buffer.double() for buffer in module.buffers()]
+
+
+def _agree(some: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
+    return len(some) == len(others) and all(
+        one.shape == other.shape and torch.allclose(one, other, rtol=1e-9, atol=1e-9)
+        for one, other in zip(some, others, strict=True)
+    )

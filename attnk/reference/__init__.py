@@ -1,0 +1,1 @@
+"""Definitions: short, differentiable PyTorch for any device and float dtype. All else is checked against them."""
