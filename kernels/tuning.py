@@ -6,6 +6,7 @@ which device and when it was measured and what it gained over the row it replace
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -16,6 +17,7 @@ DWEIGHT_SLAB_POSITIONS = 1024  # untuned; positions a program, until there are
 DWEIGHT_MAX_SLABS = 512  # untuned; programs a kernel row
 
 
+@cache
 def architecture(device: torch.device) -> str:
     """The key of a device in the tables: "sm_90", "gfx942", or "default" where there is no GPU."""
     if device.type != "cuda" or not torch.cuda.is_available():

@@ -223,10 +223,22 @@ def _sum_channels(x: Tensor) -> Tensor:
 def _max_channels(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """`torch.max` over channels with the first index; faster on CPU, where that kernel is scalar.
 
-    The first maximum is the largest of `channels - c` over the channels c that equal the maximum.
+    Many channels in planes go in two steps: the maximum of each group, then the first in the first group that has it.
     """
+    batch, channels, height, width = x.shape
     if _use_torch(x):
         return torch.max(x, 1, True)
+    size = 16 if channels >= 256 else 8
+    if channels < 64 or channels % size or not x.is_contiguous():
+        return _max_tiled(x, dtype)
+    groups = x.view(batch, channels // size, size, height * width)
+    maximum, group = _max_channels(groups.amax(2).view(batch, -1, height, width), dtype)
+    members = groups.gather(1, group.view(batch, 1, 1, -1).expand(-1, -1, size, -1)).view(batch, size, height, width)
+    return maximum, group * size + _max_channels(members, dtype)[1]
+
+
+def _max_tiled(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The first maximum is the largest of `channels - c` over the channels c that equal the maximum."""
     batch, channels, height, width = x.shape
     maximum = torch.empty((batch, 1, height, width), dtype=dtype, device=x.device)
     first = torch.empty_like(maximum)
