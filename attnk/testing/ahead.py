@@ -128,8 +128,8 @@ def compile_launch(launch: Launch, architecture: str) -> Compiled:
     compiled = triton.compile(source, target=target, options=launch.options)
     if architecture.startswith("gfx"):
         assembly = compiled.asm["amdgcn"]
-        registers = _amd_number("vgpr_count", assembly)
-        spilled = _amd_number("private_segment_fixed_size", assembly)
+        registers: int | None = _amd_number("vgpr_count", assembly)
+        spilled: int | None = _amd_number("private_segment_fixed_size", assembly)
     else:
         assembly = compiled.asm["ptx"]
         registers, spilled = _nvidia_resources(compiled.asm["cubin"])
