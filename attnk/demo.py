@@ -127,7 +127,7 @@ def _digits(quick: bool, device: torch.device) -> dict:
                     accuracy[name].append(100 * (model(x_test).argmax(1) == y_test).float().mean().item())
 
     print(f"   {'':28s}{'accuracy, %':^16s}{'gain, points':>14s}{'95 % interval of the gain':>28s}")
-    results = {}
+    results: dict[str, dict] = {}
     for name, output in variants.items():
         label = "no gates" if output is None else f'SpatialAttention, "{output}"'
         line = f"   {label:28s}{statistics.mean(accuracy[name]):7.2f} +- {statistics.stdev(accuracy[name]):.2f} "
