@@ -4,7 +4,6 @@ import argparse
 import importlib
 import pathlib
 import platform
-from importlib import metadata
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -56,10 +55,7 @@ def info() -> str:
         name = f"{torch.cuda.get_device_name(device)}, compute capability {major}.{minor}"
     else:
         name = f"CPU, {torch.get_num_threads()} threads"
-    try:
-        triton = metadata.version("triton")
-    except metadata.PackageNotFoundError:
-        triton = "not installed"
+    triton = importlib.import_module("triton").__version__ if dispatch.HAS_TRITON else "not installed"
     reason = dispatch.no_kernel_here(torch.empty(0, device=device))
     lines = [
         f"attnk    {attnk.__version__}",
@@ -82,13 +78,15 @@ def explain_shape(parser: argparse.ArgumentParser, options: argparse.Namespace) 
         shape = [int(size) for size in options.shape.lower().split("x")]
     except ValueError:
         parser.error(f"shape must be sizes joined by x, such as 8x64x56x56, got {options.shape!r}")
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if min(shape) < 0:
+        parser.error(f"shape must have sizes of 0 or more, got {options.shape!r}")
     example = importlib.import_module(f"attnk.ops.{options.op}").example
     with FakeTensorMode():
         try:
-            tensors = example(shape, DTYPES[options.dtype], torch.device(device), options.channels_last)
+            device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            tensors = example(shape, DTYPES[options.dtype], device, options.channels_last)
             return str(attnk.explain(options.op, *tensors, backend=options.backend))
-        except (ValueError, TypeError, attnk.Unsupported) as error:
+        except (ValueError, TypeError, RuntimeError) as error:
             parser.error(str(error))
 
 

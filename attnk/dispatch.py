@@ -46,11 +46,13 @@ def check_backend(backend: str) -> str:
     return backend
 
 
-_ambient = check_backend(os.environ.get("ATTNK_BACKEND", "auto"))
+_ambient = os.environ.get("ATTNK_BACKEND") or "auto"
+if _ambient not in BACKENDS:
+    raise ValueError(f"ATTNK_BACKEND must be one of {', '.join(BACKENDS)}, got {_ambient!r}")
 _warned: set[tuple[str, str]] = set()
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
 @contextlib.contextmanager
@@ -89,7 +91,12 @@ def no_kernel_here(x: torch.Tensor) -> str | None:
 
 
 def choose(
-    op: str, backend: str | None, x: torch.Tensor, unsupported: Callable[..., str | None], *args: Any
+    op: str,
+    backend: str | None,
+    x: torch.Tensor,
+    unsupported: Callable[..., str | None],
+    *args: Any,
+    warn: bool = True,
 ) -> tuple[str, str]:
     """Settle on a backend.
 
@@ -99,6 +106,7 @@ def choose(
         x: the tensor whose device counts. On the CPU "auto" means "torch" even while the interpreter is on.
         unsupported: the operation's predicate: why Triton cannot run ``(x, *args)``, or None when it can.
         args: what the predicate takes besides x.
+        warn: whether to say, once for each reason, that a call on a GPU runs in plain PyTorch; to the caller's caller.
 
     Returns:
         "triton", "torch" or "reference", and why.
@@ -117,20 +125,10 @@ def choose(
         return "triton", "asked for" if wanted == "triton" else "the kernels support this call"
     if wanted == "triton":
         raise Unsupported(f"{op}: {reason}")
-    if not torch.compiler.is_compiling() and (op, reason) not in _warned:
+    if warn and not torch.compiler.is_compiling() and (op, reason) not in _warned:
         _warned.add((op, reason))
-        warnings.warn(f"attnk.{op} runs in plain PyTorch: {reason}", stacklevel=4)
+        warnings.warn(f"attnk.{op} runs in plain PyTorch: {reason}", stacklevel=3)
     return "torch", reason
-
-
-def implementation_scope(x: torch.Tensor) -> contextlib.AbstractContextManager:
-    """Where an implementation runs: on the device of x, and with autocast off, since it settles dtypes itself."""
-    stack = contextlib.ExitStack()
-    if torch.is_autocast_enabled(x.device.type):
-        stack.enter_context(torch.autocast(x.device.type, enabled=False))
-    if x.is_cuda:
-        stack.enter_context(torch.cuda.device(x.device))
-    return stack
 
 
 def operations() -> list[str]:

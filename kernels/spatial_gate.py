@@ -8,10 +8,13 @@ Kept between the passes: the gate and both maps, in fp32 (fp64 for fp64 input), 
 zero frame r wide, so that one row of the convolution is 2k contiguous numbers and needs no mask; and, where the output
 is the map, the index of the maximum. Bytes, with P pixels, F framed pixels, S = bytes of x, a = 4 (8 in fp64):
 
-forward    pool S + 2aF (map: + 4P)      gate 2aF + aP, and 2 S (map: + P * itemsize of x)
-backward   dgate 2 S + 2aP + aF + 4P     dx 2 S + aF + aP + 4P       dweight 3aF
-backward of the map, ties="first"        dgate P * itemsize + aP + aF     dx S + aF + 4P       dweight 3aF
-backward, ties="even"                    dgate + S where the output is the map, dx + S + aP
+forward    pool S + 2aF                 gate 2 S + 2aF + aP
+backward   dgate 2 S + 2aP + aF + 4P    dx 2 S + aP + aF + 4P    dweight 2aF + aP
+"map", "logit", with i = bytes an element of x
+forward    pool S + 2aF + 4P            gate 2aF + aP + iP
+backward   dgate aP + aF + iP           dx S + aF + 4P           dweight 2aF + aP    ("logit": dgate without aP)
+ties="even": pool without 4P, dx + S + aP, and of "map" and "logit" dgate + S + aP + 4P
+The weight, its gradient and partial sums come on top, of no size.
 """
 
 import math
@@ -244,7 +247,8 @@ def dx_tile(
         peaks = over_channels(
             tl.load(maps_ptr + 2 * framed_position(offs_p, width, RADIUS) + 1, mask=mask_p, other=0.0), CHANNELS_LAST
         )
-        dmax = dmax / tl.maximum(index, 1).to(acc_dtype)  # no index where the maximum is NaN: nothing equals it
+        dmax = dmax / index.to(acc_dtype)
+        davg = tl.where(index == 0, float("nan"), davg)  # nothing equals a NaN maximum: 0 parts are NaN everywhere
     davgs = over_channels(davg / channels, CHANNELS_LAST)
     dmaxes = over_channels(dmax, CHANNELS_LAST)
     indices = over_channels(index, CHANNELS_LAST)
@@ -712,6 +716,7 @@ def spatial_gate_backward(
     """
     batch, _, height, width = gate.shape
     kernel = weight.shape[-1]
+    gate, maps, index = gate.contiguous(), maps.contiguous(), index.contiguous()  # vmap may have expanded them
     scaled = output in ("gated", "residual")
     even_ties = ties == "even"
     reads_x = scaled or even_ties
@@ -729,8 +734,7 @@ def spatial_gate_backward(
     if reads_x:
         index = torch.empty(gate.shape, dtype=torch.int32, device=dout.device)
     dz = _framed_empty(dout, batch, height, width, kernel, 1)
-    none = torch.empty(0, dtype=dout.dtype, device=dout.device)
-    dx = dweight = dbias = none
+    dx, dweight, dbias = (torch.empty(0, dtype=like.dtype, device=dout.device) for like in (dout, weight, weight))
     if needs_dx:
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
         shape = (batch, channels, height, width)

@@ -70,7 +70,7 @@ SPATIAL_GATE_TABLE: dict[str, tuple[SpatialGateRow, ...]] = {
         SpatialGateRow(False, 2, 512, SpatialGateConfig(block_p=128, block_c=16, num_warps=4, num_stages=1)),  # untuned
         SpatialGateRow(False, 2, 0, SpatialGateConfig(block_p=32, block_c=32, num_warps=4, num_stages=1)),  # untuned
         SpatialGateRow(False, 8, 512, SpatialGateConfig(block_p=128, block_c=8, num_warps=4, num_stages=1)),  # untuned
-        SpatialGateRow(False, 8, 0, SpatialGateConfig(block_p=32, block_c=32, num_warps=4, num_stages=1)),  # untuned
+        SpatialGateRow(False, 8, 0, SpatialGateConfig(block_p=32, block_c=16, num_warps=4, num_stages=1)),  # untuned
         SpatialGateRow(True, 2, 0, SpatialGateConfig(block_p=32, block_c=64, num_warps=4, num_stages=1)),  # untuned
         SpatialGateRow(True, 8, 0, SpatialGateConfig(block_p=32, block_c=32, num_warps=4, num_stages=1)),  # untuned
     ),

@@ -24,6 +24,8 @@ CONV_NAMES = {
     "spatial.conv": "max_avg",  # the published CBAM's SpatialGate
     "SpatialGate.spatial.conv": "max_avg",  # the same inside the published CBAM
 }
+CONV_KEYS = ("weight", "bias")
+NORM_KEYS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 NORM_NAMES = ("bn", "conv.bn", "spatial.conv.bn", "spatial.bn", "SpatialGate.spatial.bn")
 
 
@@ -37,8 +39,8 @@ class SpatialAttention(nn.Module):
 
     ``load_state_dict`` also takes the keys of the tutorials (``conv.*``), ultralytics (``cv1.weight``), and, with
     ``norm=True``, timm's (``spatial.conv.conv.*``) and the published CBAM's (``SpatialGate.spatial.conv.*``) spatial
-    half, each with its batch norm; it saves as ``conv1.*`` and ``bn.*``. Keys say nothing about the order of the two
-    channels where families disagree: ``from_module`` finds it out.
+    half, each with its batch norm; it saves as ``conv1.*`` and ``bn.*``. Keys hold neither a batch norm's momentum (0.1
+    in timm) nor, where families disagree, the order of the two channels: ``from_module`` finds out.
 
     Args:
         kernel_size: side of the convolution, odd.
@@ -87,7 +89,7 @@ class SpatialAttention(nn.Module):
             x: (B, C, H, W) or (C, H, W), in the dtype of the weights (under autocast, any float dtype), any strides.
 
         Returns:
-            What ``output`` says, in x's dtype and memory format.
+            What ``output`` says, in x's dtype and memory format (the map under autocast: in the autocast dtype).
 
         Raises:
             ValueError, TypeError: a shape, dtype or device that does not fit; the message names it.
@@ -144,52 +146,52 @@ class SpatialAttention(nn.Module):
         """
         if isinstance(module, cls):
             return copy.deepcopy(module)
-        name = type(module).__qualname__
+
+        def refusal(why: str) -> ValueError:
+            return ValueError(f"{type(module).__qualname__} was not recognised as spatial attention: {why}")
+
         found = {path: part for path, part in module.named_modules() if isinstance(part, nn.Conv2d | _BatchNorm)}
-        convs = [(path, part) for path, part in found.items() if isinstance(part, nn.Conv2d)]
-        norms = [part for part in found.values() if isinstance(part, _BatchNorm)]
-        if len(convs) != 1 or len(norms) > 1:
-            raise ValueError(
-                f"{name} was not recognised as spatial attention: it must hold one convolution and at most one batch "
-                f"norm, it has {len(convs)} convolutions and {len(norms)} batch norms"
+        conv, norm, counts = _conv_and_norm(module)
+        if conv is None or counts not in ((1, 0), (1, 1)):
+            raise refusal(
+                "it must hold one convolution and at most one batch norm, "
+                f"it has {counts[0]} convolutions and {counts[1]} batch norms"
             )
-        (path, conv), norm = convs[0], norms[0] if norms else None
         kernel_size = conv.kernel_size[0]
         if conv.weight.shape != (1, 2, kernel_size, kernel_size) or kernel_size % 2 == 0:
-            raise ValueError(
-                f"{name} was not recognised as spatial attention: {path}.weight must be (1, 2, k, k) with k odd, "
-                f"got {tuple(conv.weight.shape)}"
-            )
-        strangers = [key for key in module.state_dict() if not key.startswith(tuple(f"{part}." for part in found))]
+            path = next(path for path, part in found.items() if part is conv)
+            raise refusal(f"{path}.weight must be (1, 2, k, k) with k odd, got {tuple(conv.weight.shape)}")
+        if norm is not None and norm.num_features != 1:
+            raise refusal(f"the batch norm must have one channel, it has {norm.num_features}")
+        known = {f"{path}.{name}" for path in found for name in (*CONV_KEYS, *NORM_KEYS)}
+        strangers = [key for key in module.state_dict() if key not in known]
         if strangers:
-            raise ValueError(f"{name} was not recognised as spatial attention: unknown keys {strangers}")
+            raise refusal(f"unknown keys {strangers}")
 
-        probe = copy.deepcopy(module).to("cpu", torch.float64).requires_grad_()
-        probe_parts = _conv_and_norm(probe)
-        _randomise(*probe_parts)
         try:
-            probe_state = copy.deepcopy(probe_parts)
+            probe = copy.deepcopy(module).to("cpu", torch.float64).requires_grad_()
+            probe_conv, probe_norm, _ = _conv_and_norm(probe)
+            assert probe_conv is not None
+            _randomise(probe_conv, probe_norm)
+            state = copy.deepcopy((probe_conv, probe_norm))
             expected = _fingerprint(probe, kernel_size)
-        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(f"{name} was not recognised as spatial attention: it failed on a 5-channel map") from error
-        for order, output, ties in itertools.product(ORDERS, OUTPUTS, TIES):
-            built = cls(
-                kernel_size,
-                bias=conv.bias is not None,
-                order=order,
-                output=output,
-                norm=norm is not None,
-                ties=ties,
-            )
-            candidate = copy.deepcopy(built)
-            candidate.backend = "reference"
-            candidate._copy_from(*probe_state)
-            if _agree(_fingerprint(candidate, kernel_size), expected):
-                built._copy_from(conv, norm)
-                return built.train(module.training)
-        raise ValueError(
-            f"{name} was not recognised as spatial attention: with its weights no order, output and tie policy of "
-            "attnk.SpatialAttention gives its values and gradients"
+        except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise refusal(f"it failed on a 5-channel map ({error})") from error
+        with torch.random.fork_rng(devices=[]):  # the candidates draw weights nobody keeps
+            for order, output, ties in itertools.product(ORDERS, OUTPUTS, TIES):
+                options: dict[str, Any] = {"order": order, "output": output, "ties": ties}
+                built = cls(kernel_size, bias=conv.bias is not None, norm=norm is not None, **options)
+                candidate = copy.deepcopy(built)
+                candidate.backend = "reference"
+                candidate._copy_from(*state)
+                if _agree(_fingerprint(candidate, kernel_size), expected):
+                    built._copy_from(conv, norm)
+                    built.train(module.training)
+                    if norm is not None:
+                        built.bn.train(norm.training)  # type: ignore[union-attr]
+                    return built
+        raise refusal(
+            "with its weights no order, output and tie policy of attnk.SpatialAttention gives its values and gradients"
         )
 
     def _copy_from(self, conv: nn.Conv2d, norm: _BatchNorm | None) -> None:
@@ -235,10 +237,11 @@ def _rename(state_dict: dict, prefix: str, names: Any, wanted: str) -> None:
                 state_dict[f"{prefix}{wanted}.{leaf}"] = state_dict.pop(key)
 
 
-def _conv_and_norm(module: nn.Module) -> tuple[nn.Conv2d, _BatchNorm | None]:
-    parts = list(module.modules())
-    norms = [part for part in parts if isinstance(part, _BatchNorm)]
-    return next(part for part in parts if isinstance(part, nn.Conv2d)), norms[0] if norms else None
+def _conv_and_norm(module: nn.Module) -> tuple[nn.Conv2d | None, _BatchNorm | None, tuple[int, int]]:
+    """The first convolution and batch norm in a module, and how many it has of each."""
+    convs = [part for part in module.modules() if isinstance(part, nn.Conv2d)]
+    norms = [part for part in module.modules() if isinstance(part, _BatchNorm)]
+    return convs[0] if convs else None, norms[0] if norms else None, (len(convs), len(norms))
 
 
 @torch.no_grad()
@@ -255,7 +258,8 @@ def _randomise(conv: nn.Conv2d, norm: _BatchNorm | None) -> None:
 def _fingerprint(module: nn.Module, kernel_size: int) -> list[torch.Tensor]:
     """Values, gradients and buffers of a float64 module, in evaluation and in training, on a map full of ties."""
     generator = torch.Generator().manual_seed(1)
-    shape = (3, 5, kernel_size + 2, kernel_size + 3)
+    side = min(kernel_size, 9) + 2
+    shape = (3, 5, side, side + 1)
     x = torch.randint(-4, 5, shape, generator=generator).double().requires_grad_()
     prints = []
     for training in (False, True):

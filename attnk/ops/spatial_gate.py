@@ -1,17 +1,19 @@
 """The spatial gate as an operation: checks, dispatch, torch.library, autograd, ``attnk.spatial_gate``."""
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch.autograd import forward_ad
-from torch.utils.flop_counter import register_flop_formula
 
 from attnk import dispatch
 from attnk.fallback import spatial_gate as fallback
 from attnk.reference.spatial_gate import spatial_gate_reference
 
+from ._calls import implementation_scope, is_plain
 from ._checks import check_choice, check_feature_map, check_parameter
+from ._flops import announce_flops, declare_flops
 
 ORDERS = ("avg_max", "max_avg")
 OUTPUTS = ("gated", "map", "residual", "logit")
@@ -87,7 +89,7 @@ def explain(
 ) -> dispatch.Explanation:
     """What ``attnk.explain("spatial_gate", ...)`` returns."""
     _check(x, weight, bias, order, output, ties)
-    chosen, reason = dispatch.choose("spatial_gate", backend, x, unsupported, weight)
+    chosen, reason = dispatch.choose("spatial_gate", backend, x, unsupported, weight, warn=False)
     config = None
     if chosen == "triton":
         from attnk.kernels.tuning import architecture, spatial_gate_config
@@ -138,6 +140,8 @@ def _run(
     if backend == "reference":
         return spatial_gate_reference(x, weight, bias, order=order, output=output, ties=ties)
     compiling = torch.compiler.is_compiling()
+    if not compiling and not is_plain(x):
+        announce_flops()
     transformed = not compiling and (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
     needs_grad = torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
@@ -147,7 +151,8 @@ def _run(
     elif needs_grad:
         out = SpatialGateFunction.apply(x, weight, bias, order, output, ties, backend)
     else:
-        out = _infer_op(x, weight, bias, order, output, backend)
+        infer = _infer if is_plain(x) else _infer_op
+        out = infer(x, weight, bias, order, output, backend)
     if output in ("map", "logit") and x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
         out = out.to(torch.get_autocast_dtype(x.device.type))
     return out
@@ -183,7 +188,7 @@ def _infer(
 ) -> torch.Tensor:
     if x.numel() == 0:
         return _infer_fake(x, weight, bias, order, output, backend)
-    with dispatch.implementation_scope(x):
+    with implementation_scope(x):
         return _implementation(backend).spatial_gate_infer(x, weight, bias, order, output)
 
 
@@ -207,7 +212,7 @@ def _forward(
 ) -> Kept:
     if x.numel() == 0:
         return _forward_fake(x, weight, bias, order, output, ties, backend)
-    with dispatch.implementation_scope(x):
+    with implementation_scope(x):
         return _implementation(backend).spatial_gate_forward(x, weight, bias, order, output, ties)
 
 
@@ -254,7 +259,7 @@ def _backward(
     if gate.numel() == 0:
         dx, dweight, dbias = _backward_fake(dout, x, weight, gate, maps, index, *options, backend)
         return dx, dweight.zero_(), dbias.zero_()
-    with dispatch.implementation_scope(dout):
+    with implementation_scope(dout):
         return _implementation(backend).spatial_gate_backward(dout, x, weight, gate, maps, index, *options)
 
 
@@ -298,30 +303,32 @@ _forward_op = torch.ops.attnk.spatial_gate_forward.default
 _backward_op = torch.ops.attnk.spatial_gate_backward.default
 
 
-@register_flop_formula([torch.ops.attnk.spatial_gate_infer, torch.ops.attnk.spatial_gate_forward])
 def _forward_flops(x_shape: Any, weight_shape: Any, *args: Any, **kwargs: Any) -> int:
     """FLOPs of the convolution, the one part that torch's counter counts in the definition."""
     batch, _, height, width = x_shape
     return 4 * weight_shape[-1] ** 2 * batch * height * width
 
 
-@register_flop_formula(torch.ops.attnk.spatial_gate_backward)
-def _backward_flops(
-    dout_shape: Any, x_shape: Any, weight_shape: Any, gate_shape: Any, *args: Any, **kwargs: Any
-) -> int:
-    """Twice the forward's: one convolution for the gradients of the maps, one for that of the weight."""
-    batch, _, height, width = gate_shape
-    return 8 * weight_shape[-1] ** 2 * batch * height * width
+def _backward_flops(*args: Any, **kwargs: Any) -> int:
+    """As many for the gradients of the maps, and as many for that of the weight."""
+    weight_shape, gate_shape, (needs_dx, needs_dweight) = args[2], args[3], args[11:13]
+    return (needs_dx + needs_dweight) * _forward_flops(gate_shape, weight_shape)
+
+
+declare_flops(torch.ops.attnk.spatial_gate_infer, _forward_flops)
+declare_flops(torch.ops.attnk.spatial_gate_forward, _forward_flops)
+declare_flops(torch.ops.attnk.spatial_gate_backward, _backward_flops)
 
 
 # Autograd. Two flavours of one Function: the plain one costs the least a call; torch.compile and torch.func need the
 # other, whose context is set up apart from its forward.
 
 
-def _save(ctx: Any, x: torch.Tensor, weight: torch.Tensor, kept: tuple[torch.Tensor, ...], options: tuple) -> None:
+def _save(ctx: Any, inputs: Sequence[Any], kept: Sequence[torch.Tensor], options: tuple) -> None:
+    x, weight, bias = inputs
     _, output, ties, _ = options
     reads_x = output in ("gated", "residual") or ties == "even"
-    ctx.save_for_backward(x if reads_x else None, weight, *kept)
+    ctx.save_for_backward(bias, x if reads_x else None, weight, *kept)
     ctx.channels, ctx.channels_last, ctx.options = x.shape[1], _channels_last(x), options
     ctx.set_materialize_grads(False)
 
@@ -331,14 +338,18 @@ def _gradients(ctx: Any, dout: torch.Tensor | None) -> tuple[torch.Tensor | None
     if dout is None:
         return nothing
     needs_dx, needs_dweight, needs_dbias = ctx.needs_input_grad[:3]
+    bias, *saved = ctx.saved_tensors
     *options, backend = ctx.options
-    # only create_graph=True and torch.func keep grad mode on here
-    differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    backward = SpatialGateBackwardFunction.apply if differentiable else _backward_op
-    dx, dweight, dbias = backward(
-        dout, *ctx.saved_tensors, ctx.channels, ctx.channels_last, *options,
+    args = (
+        dout, *saved, ctx.channels, ctx.channels_last, *options,
         needs_dx, needs_dweight or needs_dbias, backend,
     )  # fmt: skip
+    if is_plain(dout) and not torch.is_grad_enabled():
+        dx, dweight, dbias = _backward(*args)
+    elif torch.compiler.is_compiling():
+        dx, dweight, dbias = _backward_op(*args)
+    else:  # create_graph=True, torch.func, or somebody watching
+        dx, dweight, dbias = SpatialGateBackwardFunction.apply(*args, bias)
     return dx if needs_dx else None, dweight if needs_dweight else None, dbias if needs_dbias else None, *nothing[3:]
 
 
@@ -347,8 +358,9 @@ class SpatialGateFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Any, weight: Any, bias: Any, *options: str) -> torch.Tensor:
-        out, *kept = _forward_op(x, weight, bias, *options)
-        _save(ctx, x, weight, kept, options)
+        forward = _forward if is_plain(x) else _forward_op
+        out, *kept = forward(x, weight, bias, *options)
+        _save(ctx, (x, weight, bias), kept, options)
         return out
 
     @staticmethod
@@ -365,9 +377,8 @@ class SpatialGateTransformFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
-        x, weight, _, *options = inputs
         ctx.mark_non_differentiable(*output[1:])
-        _save(ctx, x, weight, output[1:], tuple(options))
+        _save(ctx, inputs[:3], output[1:], inputs[3:])
 
     @staticmethod
     def backward(ctx: Any, dout: torch.Tensor | None, *unused: Any) -> Any:
@@ -380,11 +391,14 @@ class SpatialGateTransformFunction(torch.autograd.Function):
 
 
 class SpatialGateBackwardFunction(torch.autograd.Function):
-    """The backward, itself a Function so that torch.func can map over it and a second backward fails in words."""
+    """The backward, itself a Function so that torch.func can map over it and a second backward fails in words.
+
+    It takes the bias behind the arguments of the backward, so that the bias has such a second derivative, too.
+    """
 
     @staticmethod
     def forward(*args: Any) -> Gradients:
-        return _backward_op(*args)
+        return _backward_op(*args[:-1])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:

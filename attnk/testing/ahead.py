@@ -31,6 +31,9 @@ _DTYPES = {
     torch.bfloat16: "bf16",
     torch.float32: "fp32",
     torch.float64: "fp64",
+    torch.bool: "i1",
+    torch.int8: "i8",
+    torch.uint8: "u8",
     torch.int32: "i32",
     torch.int64: "i64",
 }
@@ -73,9 +76,17 @@ class Compiled:
 
 @contextlib.contextmanager
 def record_launches() -> Iterator[list[Launch]]:
-    """Record the kernels launched inside the block instead of running them; what they would write is not written."""
+    """Record the kernels launched inside the block instead of running them; what they would write is not written.
+
+    Raises:
+        RuntimeError: under the interpreter, which keeps no kernel to compile.
+    """
     from triton.runtime.jit import JITFunction
 
+    from attnk import dispatch
+
+    if dispatch.INTERPRETED:
+        raise RuntimeError("record_launches needs Triton's compiler: set TRITON_INTERPRET=0")
     launches: list[Launch] = []
 
     def record(kernel: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> None:
@@ -106,12 +117,14 @@ def compile_launch(launch: Launch, architecture: str) -> Compiled:
     signature, constants, attributes = {}, {}, {}
     for position, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
             signature[parameter.name], constants[parameter.name] = "constexpr", value
             continue
         if isinstance(value, torch.Tensor):
             signature[parameter.name] = f"*{_DTYPES[value.dtype]}"
             aligned = value.data_ptr() % 16 == 0
+        elif isinstance(value, bool):
+            signature[parameter.name], aligned = "i1", False
         elif isinstance(value, int):
             signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             aligned = value % 16 == 0

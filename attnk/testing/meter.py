@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from attnk import dispatch
+
 
 @dataclasses.dataclass
 class KernelBytes:
@@ -56,6 +58,8 @@ class Meter:
         return sum(launch.loaded + launch.stored for launch in self.launches)
 
     def __enter__(self) -> "Meter":
+        if not dispatch.INTERPRETED:
+            raise RuntimeError("Meter needs Triton's interpreter: set TRITON_INTERPRET=1 before triton is imported")
         from triton.runtime import interpreter
 
         builder = interpreter.InterpreterBuilder

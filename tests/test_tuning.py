@@ -1,0 +1,182 @@
+"""Every row of the tuning tables: some call selects it, and it computes the right thing."""
+
+import dataclasses
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from attnk.kernels import spatial_gate as kernels
+from attnk.kernels.tuning import SPATIAL_GATE_TABLE, SpatialGateConfig, architecture, spatial_gate_config
+
+from attnk.reference.spatial_gate import spatial_gate_reference
+from attnk.testing import ARCHITECTURES, Meter, assert_matches_reference, record_launches
+
+DTYPES = {2: torch.float16, 4: torch.float32, 8: torch.float64}
+SIDES = (1, 7, 14, 28, 56, 112, 224, 512, 1024)
+ROWS = [(arch, number) for arch, rows in SPATIAL_GATE_TABLE.items() for number in range(len(rows))]
+
+runs_kernels = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available(),
+    reason="kernels need a GPU or TRITON_INTERPRET=1",
+)
+
+
+def itemsizes_of(arch: str, number: int) -> list[int]:
+    """The item sizes of which some map has this row, which is then not behind another that fits as well."""
+    row = SPATIAL_GATE_TABLE[arch][number]
+    return [
+        itemsize
+        for itemsize in DTYPES
+        if any(
+            spatial_gate_config(arch, itemsize=itemsize, pixels=side**2, channels_last=row.channels_last) is row.config
+            for side in SIDES
+        )
+    ]
+
+
+class WithConfig(torch.autograd.Function):
+    """The launchers with a configuration of one's choice, in autograd."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, order, output, ties, config):
+        out, *kept = kernels.spatial_gate_forward(x, weight, bias, order, output, ties, config=config)
+        ctx.save_for_backward(x, weight, *kept)
+        ctx.options = order, output, ties
+        ctx.config = config
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        x, weight, *kept = ctx.saved_tensors
+        channels_last = x.stride(1) < x.stride(3)
+        grads = kernels.spatial_gate_backward(
+            dout, x, weight, *kept, x.shape[1], channels_last, *ctx.options, True, True, config=ctx.config
+        )
+        return *grads, None, None, None, None
+
+
+def check(config, x, output, ties, kernel_size=3):
+    weight = torch.randn(1, 2, kernel_size, kernel_size).to(x)
+    bias = torch.randn(1).to(x)
+
+    def function(x, weight, bias):
+        return WithConfig.apply(x, weight, bias, "avg_max", output, ties, config)
+
+    def reference(x, weight, bias):
+        return spatial_gate_reference(x, weight, bias, output=output, ties=ties)
+
+    assert_matches_reference(function, reference, {"x": x, "weight": weight, "bias": bias})
+
+
+@pytest.mark.parametrize(("arch", "number"), ROWS)
+def test_some_call_selects_the_row(arch, number):
+    row = SPATIAL_GATE_TABLE[arch][number]
+    assert isinstance(row.config, SpatialGateConfig)
+    assert itemsizes_of(arch, number), "a row above it fits every call that it fits"
+
+
+@runs_kernels
+@pytest.mark.parametrize("lag", ["lag of the row", "two launches", "one launch"])
+@pytest.mark.parametrize(("arch", "number"), ROWS)
+def test_row_matches_reference(arch, number, lag, device):
+    row = SPATIAL_GATE_TABLE[arch][number]
+    config = row.config
+    if lag != "lag of the row":
+        config = dataclasses.replace(config, lag=0 if lag == "two launches" else 64)
+        if config == row.config:
+            pytest.skip("the row itself")
+    # whole blocks of channels and pixels, then neither
+    for channels, height, width in ((config.block_c, 4, config.block_p // 4), (config.block_c + 1, 3, 5)):
+        for itemsize in itemsizes_of(arch, number):
+            x = torch.randn(2, channels, height, width, device=device).to(DTYPES[itemsize])
+            if row.channels_last:
+                x = x.contiguous(memory_format=torch.channels_last)
+            check(config, x, "gated", "first")
+
+
+@runs_kernels
+@pytest.mark.parametrize(("arch", "number"), ROWS)
+@pytest.mark.parametrize(("output", "ties"), [("map", "first"), ("residual", "even")])
+def test_row_matches_reference_for_other_outputs(arch, number, output, ties, device):
+    row = SPATIAL_GATE_TABLE[arch][number]
+    x = torch.randint(-2, 3, (1, row.config.block_c + 1, 3, 5), device=device)
+    x = x.to(DTYPES[itemsizes_of(arch, number)[-1]])
+    if row.channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    check(row.config, x, output, ties)
+
+
+@pytest.mark.parametrize("lag", [0, 3, 4])
+def test_lag_decides_the_launches(lag):
+    """One launch a pass for images of up to lag tiles: here there are four."""
+    x, weight = torch.ones(1, 4, 8, 16), torch.ones(1, 2, 3, 3)
+    config = SpatialGateConfig(block_p=32, block_c=4, num_warps=4, num_stages=1, lag=lag)
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    with Meter() if interpreted else record_launches() as watch:
+        out, *kept = kernels.spatial_gate_forward(x, weight, None, "avg_max", "gated", "first", config=config)
+        kernels.spatial_gate_backward(
+            out, x, weight, *kept, 4, False, "avg_max", "gated", "first", True, False, config=config
+        )
+    names = [launch.kernel for launch in watch.launches] if interpreted else [launch.name for launch in watch]
+    if lag >= 4:
+        assert names == ["_spatial_gate_fwd_lagged_kernel", "_spatial_gate_bwd_lagged_kernel"]
+    else:
+        assert len(names) == 4
+        assert not any("lagged" in name for name in names)
+
+
+@pytest.mark.parametrize("arch", SPATIAL_GATE_TABLE)
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("itemsize", DTYPES)
+def test_every_call_has_a_row(arch, channels_last, itemsize):
+    for side in SIDES:
+        config = spatial_gate_config(arch, itemsize=itemsize, pixels=side**2, channels_last=channels_last)
+        assert isinstance(config, SpatialGateConfig)
+
+
+@pytest.mark.parametrize(("arch", "number"), ROWS)
+def test_sizes_are_powers_of_two(arch, number):
+    config = SPATIAL_GATE_TABLE[arch][number].config
+    for value in (config.block_p, config.block_c, config.num_warps):
+        assert value & (value - 1) == 0 < value
+    assert config.num_warps <= 16
+    assert config.num_stages >= 1
+    assert config.lag >= 0
+
+
+def test_keys_are_architectures():
+    assert "default" in SPATIAL_GATE_TABLE
+    assert set(SPATIAL_GATE_TABLE) <= {"default", *ARCHITECTURES}
+
+
+def test_unknown_architecture_has_the_default():
+    for channels_last in (False, True):
+        for itemsize in DTYPES:
+            call = {"itemsize": itemsize, "pixels": 56 * 56, "channels_last": channels_last}
+            assert spatial_gate_config("sm_75", **call) is spatial_gate_config("default", **call)
+
+
+def test_a_hole_in_a_table_is_told(monkeypatch):
+    rows = tuple(row for row in SPATIAL_GATE_TABLE["default"] if not row.channels_last)
+    monkeypatch.setitem(SPATIAL_GATE_TABLE, "sm_90", rows)
+    with pytest.raises(
+        LookupError, match=r"SPATIAL_GATE_TABLE\['sm_90'\] fits: itemsize=2 pixels=9 channels_last=True"
+    ):
+        spatial_gate_config("sm_90", itemsize=2, pixels=9, channels_last=True)
+
+
+def test_architecture_of_a_cpu():
+    assert architecture(torch.device("cpu")) == "default"
+
+
+@pytest.mark.gpu
+def test_architecture_of_a_gpu():
+    name = architecture(torch.device("cuda"))
+    if torch.version.hip:
+        assert name.startswith("gfx")
+    else:
+        major, minor = torch.cuda.get_device_capability()
+        assert name == f"sm_{major}{minor}"
