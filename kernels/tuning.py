@@ -1,8 +1,8 @@
 """Every block size, warp and stage count, as data.
 
-A table maps an architecture to rows; the first row that fits a call is used, and an architecture without rows of its
-own uses ``default``. ``benchmarks/tune.py`` sweeps a device and prints rows to paste. The comment behind a row says on
-which device and when it was measured and what it gained over the row it replaced, or "untuned".
+A table maps an architecture to rows; the first row that fits a call is used, and where none of the architecture's own
+does, the first of ``default``. ``benchmarks/tune.py`` sweeps a device and prints rows to paste. The comment behind a
+row says on which device and when it was measured and what it gained over the row it replaced, or "untuned".
 """
 
 from dataclasses import dataclass
@@ -78,9 +78,8 @@ SPATIAL_GATE_TABLE: dict[str, tuple[SpatialGateRow, ...]] = {
 
 
 def spatial_gate_config(arch: str, *, itemsize: int, pixels: int, channels_last: bool) -> SpatialGateConfig:
-    """The configuration of one call: the first row that fits."""
-    rows = SPATIAL_GATE_TABLE.get(arch, SPATIAL_GATE_TABLE["default"])
-    for row in rows:
+    """The configuration of one call: the first row that fits, of the architecture's and then of the default ones."""
+    for row in (*SPATIAL_GATE_TABLE.get(arch, ()), *SPATIAL_GATE_TABLE["default"]):
         if row.channels_last == channels_last and itemsize <= row.itemsize and pixels >= row.min_pixels:
             return row.config
     raise LookupError(f"no row of SPATIAL_GATE_TABLE[{arch!r}] fits: {itemsize=} {pixels=} {channels_last=}")
