@@ -159,12 +159,21 @@ def test_unknown_architecture_has_the_default():
             assert spatial_gate_config("sm_75", **call) is spatial_gate_config("default", **call)
 
 
-def test_a_hole_in_a_table_is_told(monkeypatch):
+def test_a_hole_in_an_architecture_is_filled_by_default(monkeypatch):
+    row = dataclasses.replace(SPATIAL_GATE_TABLE["default"][0], config=SpatialGateConfig(64, 4, 2, 1))
+    monkeypatch.setitem(SPATIAL_GATE_TABLE, "sm_90", (row,))
+    options = {"itemsize": row.itemsize, "channels_last": row.channels_last}
+    assert spatial_gate_config("sm_90", pixels=row.min_pixels, **options) == row.config
+    for arch in ("sm_90", "sm_80"):
+        config = spatial_gate_config(arch, pixels=row.min_pixels - 1, **options)
+        assert config == spatial_gate_config("default", pixels=row.min_pixels - 1, **options)
+
+
+def test_a_hole_in_the_default_is_told(monkeypatch):
     rows = tuple(row for row in SPATIAL_GATE_TABLE["default"] if not row.channels_last)
-    monkeypatch.setitem(SPATIAL_GATE_TABLE, "sm_90", rows)
-    with pytest.raises(
-        LookupError, match=r"SPATIAL_GATE_TABLE\['sm_90'\] fits: itemsize=2 pixels=9 channels_last=True"
-    ):
+    monkeypatch.setitem(SPATIAL_GATE_TABLE, "default", rows)
+    words = r"SPATIAL_GATE_TABLE\['sm_90'\] fits: itemsize=2 pixels=9 channels_last=True"
+    with pytest.raises(LookupError, match=words):
         spatial_gate_config("sm_90", itemsize=2, pixels=9, channels_last=True)
 
 
