@@ -27,7 +27,7 @@ from .tiles import map_sizes, max_keep_nan, over_channels, over_pixels, tile_mas
 from .tuning import (
     DWEIGHT_BLOCK,
     DWEIGHT_MAX_SLABS,
-    DWEIGHT_SLAB_POSITIONS,
+    DWEIGHT_SLAB_BLOCKS,
     FRAME_BLOCK,
     SpatialGateConfig,
     architecture,
@@ -51,15 +51,21 @@ def framed_position(offs_p, width, RADIUS: tl.constexpr):
 
 @triton.jit
 def zero_frame(ptr, height, width, RADIUS: tl.constexpr, VALUES: tl.constexpr, FRAME_BLOCK: tl.constexpr):
-    """Zero the frame of one map of VALUES interleaved numbers a pixel."""
-    row_length = (width + 2 * RADIUS) * VALUES
-    length = (height + 2 * RADIUS) * row_length
-    for start in tl.range(0, length, FRAME_BLOCK):
-        offs = start + tl.arange(0, FRAME_BLOCK)
-        row = offs // row_length
-        column = (offs - row * row_length) // VALUES
-        in_frame = (row < RADIUS) | (row >= height + RADIUS) | (column < RADIUS) | (column >= width + RADIUS)
-        tl.store(ptr + offs, tl.zeros([FRAME_BLOCK], ptr.dtype.element_ty), mask=in_frame & (offs < length))
+    """Zero the frame of one map of VALUES interleaved numbers a pixel: top, the gaps between its rows, bottom."""
+    if RADIUS > 0:
+        GAP: tl.constexpr = 2 * RADIUS * VALUES  # from one row's last pixel to the next row's first
+        row_length = width * VALUES
+        edge = RADIUS * (row_length + GAP) + RADIUS * VALUES  # top rows and the first row's left side; bottom alike
+        gaps = (height - 1) * GAP
+        for start in tl.range(0, 2 * edge + gaps, FRAME_BLOCK):
+            offs = start + tl.arange(0, FRAME_BLOCK)
+            in_gap = offs - edge
+            row = in_gap // GAP
+            gap_position = edge + row_length + row * (row_length + GAP) + in_gap - row * GAP
+            position = tl.where(in_gap < gaps, gap_position, offs + height * row_length)
+            position = tl.where(in_gap < 0, offs, position)
+            zeros = tl.zeros([FRAME_BLOCK], ptr.dtype.element_ty)
+            tl.store(ptr + position, zeros, mask=offs < 2 * edge + gaps)
 
 
 @triton.jit
@@ -168,7 +174,7 @@ def dgate_tile(
         peaks = over_channels(peak, CHANNELS_LAST)
         acc = tl.zeros(shape, acc_dtype)
         if EVEN_TIES:
-            index = tl.zeros(shape, tl.int32)
+            index = tl.zeros(shape, acc_dtype)
         else:
             index = tl.full(shape, NO_INDEX, tl.int32)
         for start in tl.range(0, channels, BLOCK_C, num_stages=NUM_STAGES):
@@ -184,11 +190,11 @@ def dgate_tile(
             else:
                 is_peak = (x == peaks) & mask
             if EVEN_TIES:
-                index += is_peak.to(tl.int32)
+                index += is_peak.to(acc_dtype)
             else:
                 index = tl.minimum(index, tl.where(is_peak, over_pixels(offs_c, CHANNELS_LAST), NO_INDEX))
         if EVEN_TIES:
-            tl.store(index_ptr + offs_p, tl.sum(index, axis), mask=mask_p)
+            tl.store(index_ptr + offs_p, tl.sum(index, axis).to(tl.int32), mask=mask_p)
         else:
             tl.store(index_ptr + offs_p, tl.min(index, axis), mask=mask_p)
     if scaled:
@@ -284,13 +290,13 @@ def _spatial_gate_fwd_pool_kernel(
     ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, WHOLE_BLOCKS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, NUM_STAGES: tl.constexpr, FRAME_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # n_tiles programs an image, and one more that zeroes the frame of its maps
+    # an image has n_tiles programs, and before them one that zeroes the frame of its maps
     pid = tl.program_id(0)
     image = (pid // (n_tiles + 1)).to(tl.int64)
-    tile = pid % (n_tiles + 1)
+    tile = pid % (n_tiles + 1) - 1
     channels, pixels = map_sizes(outer, inner, ALIGN, CHANNELS_LAST)
     maps_ptr += image * (height + 2 * RADIUS) * (width + 2 * RADIUS) * 2
-    if tile == n_tiles:
+    if tile < 0:
         zero_frame(maps_ptr, height, width, RADIUS, 2, FRAME_BLOCK)
     else:
         offs_p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -355,8 +361,8 @@ def _spatial_gate_fwd_lagged_kernel(
     ticket = tl.atomic_add(counters_ptr, 1, sem="relaxed")
     if ticket < n_tickets:
         image = (ticket // (n_tiles + 1)).to(tl.int64)
-        tile = ticket % (n_tiles + 1)
-        if tile == n_tiles:
+        tile = ticket % (n_tiles + 1) - 1
+        if tile < 0:
             zero_frame(maps_ptr + image * framed * 2, height, width, RADIUS, 2, FRAME_BLOCK)
         else:
             offs_p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -370,8 +376,8 @@ def _spatial_gate_fwd_lagged_kernel(
     late = ticket - lag
     if late >= 0:
         image = (late // (n_tiles + 1)).to(tl.int64)
-        tile = late % (n_tiles + 1)
-        if tile < n_tiles:
+        tile = late % (n_tiles + 1) - 1
+        if tile >= 0:
             offs_p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
             mask_p = offs_p < pixels
             while tl.atomic_add(counters_ptr + 1 + image, 0, sem="acquire") <= n_tiles:
@@ -401,10 +407,10 @@ def _spatial_gate_bwd_dgate_kernel(
     ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, WHOLE_BLOCKS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, NUM_STAGES: tl.constexpr, FRAME_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # n_tiles programs an image, and one more that zeroes the frame of dz
+    # an image has n_tiles programs, and before them one that zeroes the frame of dz
     pid = tl.program_id(0)
     image = (pid // (n_tiles + 1)).to(tl.int64)
-    tile = pid % (n_tiles + 1)
+    tile = pid % (n_tiles + 1) - 1
     channels, pixels = map_sizes(outer, inner, ALIGN, CHANNELS_LAST)
     framed = (height + 2 * RADIUS) * (width + 2 * RADIUS)
     scaled: tl.constexpr = OUTPUT == "gated" or OUTPUT == "residual"
@@ -412,7 +418,7 @@ def _spatial_gate_bwd_dgate_kernel(
         dout_ptr += image * stride_dob * ALIGN
     else:
         dout_ptr += image * pixels
-    if tile == n_tiles:
+    if tile < 0:
         zero_frame(dz_ptr + image * framed, height, width, RADIUS, 1, FRAME_BLOCK)
     else:
         offs_p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -470,8 +476,8 @@ def _spatial_gate_bwd_lagged_kernel(
     ticket = tl.atomic_add(counters_ptr, 1, sem="relaxed")
     if ticket < n_tickets:
         image = (ticket // (n_tiles + 1)).to(tl.int64)
-        tile = ticket % (n_tiles + 1)
-        if tile == n_tiles:
+        tile = ticket % (n_tiles + 1) - 1
+        if tile < 0:
             zero_frame(dz_ptr + image * framed, height, width, RADIUS, 1, FRAME_BLOCK)
         else:
             offs_p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -487,8 +493,8 @@ def _spatial_gate_bwd_lagged_kernel(
     late = ticket - lag
     if late >= 0:
         image = (late // (n_tiles + 1)).to(tl.int64)
-        tile = late % (n_tiles + 1)
-        if tile < n_tiles:
+        tile = late % (n_tiles + 1) - 1
+        if tile >= 0:
             offs_p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
             mask_p = offs_p < pixels
             while tl.atomic_add(counters_ptr + 1 + image, 0, sem="acquire") <= n_tiles:
@@ -509,30 +515,27 @@ def _spatial_gate_bwd_lagged_kernel(
 @triton.jit
 def _spatial_gate_bwd_dweight_kernel(
     dz_ptr, maps_ptr, partials_ptr,
-    n_framed, height, width, n_slabs,
+    n_blocks, n_row_blocks, height, width, n_slabs,
     KERNEL: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # one program a slab of all framed pixels and a kernel row; the slabs are fixed, so the sum is deterministic
+    # one program a slab of all blocks of pixel rows and a kernel row; slabs are fixed, so the sum is deterministic
     RADIUS: tl.constexpr = KERNEL // 2
     pid = tl.program_id(0)
-    slab = (pid // KERNEL).to(tl.int64)
     dh = pid % KERNEL
-    framed_height = height + 2 * RADIUS
     framed_width = width + 2 * RADIUS
-    skipped = RADIUS * framed_width + RADIUS  # leading and trailing positions of the buffer are all frame
     lane = tl.arange(0, LANES)
-    shift = (dh - RADIUS) * framed_width - RADIUS
     acc = tl.zeros([BLOCK, LANES], dz_ptr.dtype.element_ty)
-    for start in tl.range(skipped + slab * BLOCK, n_framed - skipped, n_slabs * BLOCK):
-        position = start + tl.arange(0, BLOCK)
-        row = position // framed_width % framed_height
-        column = position % framed_width
-        is_pixel = (row >= RADIUS) & (row < height + RADIUS) & (column >= RADIUS) & (column < width + RADIUS)
-        is_pixel = is_pixel & (position < n_framed - skipped)
-        dz = tl.load(dz_ptr + position, mask=is_pixel, other=0.0)
+    for block in tl.range(pid // KERNEL, n_blocks, n_slabs):
+        row = block // n_row_blocks
+        column = (block - row * n_row_blocks) * BLOCK + tl.arange(0, BLOCK)
+        framed_row = row + (row // height).to(tl.int64) * (2 * RADIUS)  # the frames of the images before lie between
+        is_pixel = column < width
+        dz_row = dz_ptr + (framed_row + RADIUS) * framed_width + RADIUS
+        dz = tl.load(dz_row + column, mask=is_pixel, other=0.0)
         # lanes behind the row read 1: the first of them sums dz, which is the gradient of the bias
+        maps_row = maps_ptr + 2 * (framed_row + dh) * framed_width
         mask = is_pixel[:, None] & (lane < 2 * KERNEL)[None, :]
-        maps = tl.load(maps_ptr + 2 * (position + shift)[:, None] + lane[None, :], mask=mask, other=1.0)
+        maps = tl.load(maps_row + 2 * column[:, None] + lane[None, :], mask=mask, other=1.0)
         acc += dz[:, None] * maps  # [BLOCK, LANES]
     tl.store(partials_ptr + pid * LANES + lane, tl.sum(acc, 0))
 
@@ -770,15 +773,17 @@ def spatial_gate_backward(
                 **gate_options, **ties_options, **options,
             )  # fmt: skip
     if needs_dweight:
-        n_framed = dz.numel()
-        slabs = min(DWEIGHT_MAX_SLABS, triton.next_power_of_2(triton.cdiv(n_framed, DWEIGHT_SLAB_POSITIONS)))
+        block = min(DWEIGHT_BLOCK, triton.next_power_of_2(width))
+        n_row_blocks = triton.cdiv(width, block)
+        n_blocks = batch * height * n_row_blocks
+        slabs = min(DWEIGHT_MAX_SLABS, triton.next_power_of_2(triton.cdiv(n_blocks, DWEIGHT_SLAB_BLOCKS)))
         partials = torch.empty((slabs, kernel, gate_options["LANES"]), dtype=dz.dtype, device=dz.device)
         dweight = torch.empty_like(weight)
         dbias = torch.empty(1, dtype=weight.dtype, device=weight.device)
         _spatial_gate_bwd_dweight_kernel[(slabs * kernel,)](
             dz, maps, partials,
-            n_framed, height, width, slabs,
-            KERNEL=kernel, LANES=gate_options["LANES"], BLOCK=DWEIGHT_BLOCK,
+            n_blocks, n_row_blocks, height, width, slabs,
+            KERNEL=kernel, LANES=gate_options["LANES"], BLOCK=block, num_warps=4 if block > 16 else 1,
         )  # fmt: skip
         _spatial_gate_bwd_dweight_sum_kernel[(kernel,)](
             partials, dweight, dbias,

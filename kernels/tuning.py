@@ -12,8 +12,8 @@ import torch
 
 # The spatial gate's small passes, over numbers a pixel instead of channels x pixels.
 FRAME_BLOCK = 1024  # untuned; numbers zeroed a step
-DWEIGHT_BLOCK = 128  # untuned; positions a step
-DWEIGHT_SLAB_POSITIONS = 1024  # untuned; positions a program, until there are
+DWEIGHT_BLOCK = 128  # untuned; pixels a step, of one row
+DWEIGHT_SLAB_BLOCKS = 8  # untuned; steps a program, until there are
 DWEIGHT_MAX_SLABS = 512  # untuned; programs a kernel row
 
 
@@ -68,10 +68,12 @@ class SpatialGateRow:
 SPATIAL_GATE_TABLE: dict[str, tuple[SpatialGateRow, ...]] = {
     "default": (
         SpatialGateRow(False, 2, 512, SpatialGateConfig(block_p=128, block_c=16, num_warps=4, num_stages=1)),  # untuned
-        SpatialGateRow(False, 2, 0, SpatialGateConfig(block_p=32, block_c=32, num_warps=4, num_stages=1)),  # untuned
+        SpatialGateRow(False, 2, 128, SpatialGateConfig(block_p=32, block_c=32, num_warps=4, num_stages=1)),  # untuned
+        SpatialGateRow(False, 2, 0, SpatialGateConfig(block_p=32, block_c=128, num_warps=8, num_stages=1)),  # untuned
         SpatialGateRow(False, 8, 512, SpatialGateConfig(block_p=128, block_c=8, num_warps=4, num_stages=1)),  # untuned
         SpatialGateRow(False, 8, 0, SpatialGateConfig(block_p=32, block_c=16, num_warps=4, num_stages=1)),  # untuned
-        SpatialGateRow(True, 2, 0, SpatialGateConfig(block_p=32, block_c=64, num_warps=4, num_stages=1)),  # untuned
+        SpatialGateRow(True, 2, 128, SpatialGateConfig(block_p=32, block_c=64, num_warps=4, num_stages=1)),  # untuned
+        SpatialGateRow(True, 2, 0, SpatialGateConfig(block_p=8, block_c=256, num_warps=4, num_stages=1)),  # untuned
         SpatialGateRow(True, 8, 0, SpatialGateConfig(block_p=32, block_c=32, num_warps=4, num_stages=1)),  # untuned
     ),
 }

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 DTYPES = {2: (torch.float16, torch.bfloat16), 4: (torch.float32,), 8: (torch.float64,)}
-SIDES = (16, 28, 56, 112, 224, 448)  # height and width, the contiguous sizes divisible by 8
+SIDES = (8, 16, 28, 56, 112, 224, 448)  # height and width, the contiguous sizes divisible by 8
 CHANNELS = 64
 FLOAT64_STACK = 8  # one register: ptxas gives it up for occupancy, with every block size tried
 
