@@ -80,6 +80,8 @@ def explain_shape(parser: argparse.ArgumentParser, options: argparse.Namespace) 
         parser.error(f"shape must be sizes joined by x, such as 8x64x56x56, got {options.shape!r}")
     if min(shape) < 0:
         parser.error(f"shape must have sizes of 0 or more, got {options.shape!r}")
+    if options.channels_last and len(shape) != 4:
+        parser.error(f"--channels-last needs a shape of 4 sizes, got {options.shape!r}")
     example = importlib.import_module(f"attnk.ops.{options.op}").example
     with FakeTensorMode():
         try:

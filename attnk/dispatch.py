@@ -7,6 +7,7 @@ import pkgutil
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -77,6 +78,9 @@ def use_backend(backend: str) -> Iterator[None]:
         _ambient = outer
 
 
+_capability = cache(torch.cuda.get_device_capability)
+
+
 def no_kernel_here(x: torch.Tensor) -> str | None:
     """Why no kernel of attnk can run on the device of x, or None where they can."""
     if not HAS_TRITON:
@@ -85,8 +89,11 @@ def no_kernel_here(x: torch.Tensor) -> str | None:
         return None if INTERPRETED else "x lies on the CPU, and Triton kernels need a GPU"
     if x.device.type != "cuda":
         return f"no kernel for devices of type {x.device.type!r}"
-    if torch.version.hip is None and torch.cuda.is_available() and torch.cuda.get_device_capability(x.device) < (8, 0):
-        return "the kernels need compute capability 8.0 (Ampere) or later"
+    if torch.version.hip is None and torch.cuda.is_available():
+        # Dynamo warns of caches
+        capability = torch.cuda.get_device_capability if torch.compiler.is_compiling() else _capability
+        if capability(x.device) < (8, 0):
+            return "the kernels need compute capability 8.0 (Ampere) or later"
     return None
 
 
@@ -118,8 +125,8 @@ def choose(
     wanted = _ambient if backend is None else check_backend(backend)
     if wanted in ("torch", "reference"):
         return wanted, "asked for"
-    if wanted == "auto" and x.device.type == "cpu":
-        return "torch", "x lies on the CPU"
+    if wanted == "auto" and x.device.type in ("cpu", "meta"):
+        return "torch", "x lies on the CPU" if x.device.type == "cpu" else "x lies on the meta device"
     reason = unsupported(x, *args)
     if reason is None:
         return "triton", "asked for" if wanted == "triton" else "the kernels support this call"

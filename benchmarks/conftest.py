@@ -63,4 +63,4 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     path = session.config.getoption("--results")
     if path is not None and harness.RECORDS:
-        harness.write_results(path, harness.RECORDS, complete=not harness.time_box.spent)
+        harness.write_results(path, harness.RECORDS, complete=not harness.time_box.spent and not session.testsfailed)

@@ -27,7 +27,8 @@ from attnk.reference.spatial_gate import spatial_gate_reference
 KERNEL_SIZE = 7
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 LAGS = (264, 396, 528, 792)
-FLUSH_BYTES = 1 << 30  # written between two measurements: more than any L2, and long enough to hide the host behind it
+FLUSH_BYTES = 1 << 30  # written between two measurements: more than any L2
+SLEEP_CYCLES = 4_000_000  # about 2 ms, longer than the host takes to launch any pass
 COPY_BYTES = 2 << 30
 
 
@@ -306,7 +307,7 @@ class CpuClock:
 class CudaClock:
     """Seconds between two events around one call, after a write that empties the L2 cache.
 
-    The device is still writing while the host prepares the launches, so that short gaps between them do not show.
+    The device then idles for SLEEP_CYCLES while the host prepares the launches, so that gaps between them do not show.
     """
 
     def __init__(self) -> None:
@@ -318,6 +319,7 @@ class CudaClock:
         ready = prepare()
         torch.cuda.synchronize()
         self._scratch.zero_()
+        torch.cuda._sleep(SLEEP_CYCLES)
         self._start.record()
         timed(ready)
         self._end.record()

@@ -20,12 +20,12 @@ import torch
 from harness import Case
 
 BLOCKS = {
-    False: tuple(itertools.product((32, 64, 128, 256), (4, 8, 16, 32))),  # block_p, block_c of contiguous maps
+    False: tuple(itertools.product((32, 64, 128, 256), (4, 8, 16, 32, 64, 128))),  # block_p, block_c of contiguous maps
     True: tuple(itertools.product((8, 16, 32, 64), (32, 64, 128, 256))),  # of channels_last
 }
 NUM_WARPS = (2, 4, 8)
 NUM_STAGES = (1, 2, 3)
-MIN_PIXELS = (0, 512, 8192)  # where one row of the table ends and the next begins
+MIN_PIXELS = (0, 128, 512, 8192)  # where one row of the table ends and the next begins
 LARGE_BYTES = 50 << 20  # one launch is for maps that do not fit the L2 cache
 TRIALS, FINAL_ROUNDS = 7, 25
 WORTH = 0.98  # times the best so far: what is not 2 % faster is noise

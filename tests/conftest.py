@@ -27,6 +27,12 @@ def poison():
 
 
 @pytest.fixture(autouse=True)
+def full_precision(monkeypatch: pytest.MonkeyPatch):
+    """No TF32 in cuDNN's convolutions: the definition's error is the measure of ours."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
 

@@ -251,7 +251,7 @@ def test_explain_does_not_warn(gpu_tensors, fresh_warnings):
 
 def test_an_old_gpu(gpu_tensors, fresh_warnings, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(dispatch, "_capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.version, "hip", None)
     reason = "the kernels need compute capability 8.0 (Ampere) or later"
     assert dispatch.no_kernel_here(gpu_tensors()[0]) == reason
@@ -259,7 +259,7 @@ def test_an_old_gpu(gpu_tensors, fresh_warnings, monkeypatch):
         attnk.explain("spatial_gate", *gpu_tensors(), backend="triton")
     with pytest.warns(UserWarning, match="Ampere"):
         attnk.spatial_gate(*gpu_tensors())
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(dispatch, "_capability", lambda device: (8, 0))
     assert dispatch.no_kernel_here(gpu_tensors()[0]) is None
 
 

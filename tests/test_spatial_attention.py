@@ -847,3 +847,16 @@ def test_lives_in_a_sequential():
     model(torch.randn(1, 3, 9, 9)).sum().backward()
     assert seen == [(1, 8, 7, 7)]
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_a_batch_norm_fused_away():
+    module = attnk.SpatialAttention(3, norm=True).eval()
+    module.bn = torch.nn.Identity()
+    x = torch.randn(2, 3, 4, 5)
+    torch.testing.assert_close(module(x), attnk.spatial_gate(x, module.conv1.weight, output="map"))
+
+
+def test_symbolic_trace():
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), attnk.SpatialAttention(3, output="gated"))
+    x = torch.randn(2, 3, 4, 5)
+    assert torch.equal(torch.fx.symbolic_trace(network)(x), network(x))

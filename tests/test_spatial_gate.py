@@ -1259,3 +1259,49 @@ def test_gradient_scaler(backend):
     scaler.update()
     assert weight.isfinite().all()
     assert not torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("output", ["gated", "map"])
+@pytest.mark.parametrize("exported_with_grad", [False, True])
+def test_exported_programs_train(backend, device, output, exported_with_grad):
+    """An exported program calls the operations by themselves: with grad mode on, and for their gradients."""
+    module = attnk.SpatialAttention(3, output=output, backend=backend).to(device)
+    x = torch.randn(2, 5, 6, 4, device=device, requires_grad=True)
+    with torch.set_grad_enabled(exported_with_grad):
+        program = torch.export.export(module, (x.detach(),)).module()
+    results = []
+    for gate in (module, program):
+        out = gate(x)
+        results.append([out.detach(), *torch.autograd.grad((out**2).sum(), (x, *gate.parameters()))])
+    assert_same_bits(*results)
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_second_derivative_of_a_sum_raises(backend, device, output):
+    """A constant gradient of the output must not hide that the first derivative depends on x."""
+    inputs = draw((1, 2, 3, 3), device=device)
+    weight, bias = inputs["weight"], inputs["bias"]
+
+    def gate(x):
+        return attnk.spatial_gate(x, weight, bias, output=output, backend=backend).sum()
+
+    with pytest.raises(NotImplementedError, match="reference"):
+        torch.autograd.functional.vhp(gate, inputs["x"], torch.ones_like(inputs["x"]))
+    with pytest.raises(NotImplementedError, match="reference"):
+        torch.func.grad(lambda x: torch.func.grad(gate)(x).sum())(inputs["x"])
+
+
+def test_traces_take_other_sizes():
+    module = attnk.SpatialAttention(3, output="gated").eval()
+    for x in (torch.randn(2, 4, 5, 6), torch.randn(2, 4, 5, 6, requires_grad=True)):
+        traced = torch.jit.trace(module, x)
+        other = torch.randn(5, 7, 30, 40)
+        torch.testing.assert_close(traced(other), module(other))
+
+
+def test_meta_tensors():
+    x, weight = torch.empty(2, 3, 5, 7, device="meta", requires_grad=True), torch.empty(1, 2, 3, 3, device="meta")
+    out = attnk.spatial_gate(x, weight)
+    out.sum().backward()
+    assert out.shape == x.grad.shape == x.shape
+    assert attnk.explain("spatial_gate", x, weight).reason == "x lies on the meta device"

@@ -199,7 +199,7 @@ def _tiles_with_scratch(x: Tensor, dtype: torch.dtype) -> Iterator[tuple[tuple[s
 
 
 def _use_torch(x: Tensor) -> bool:
-    return x.is_cuda or x.numel() <= SMALL_ELEMENTS
+    return x.device.type != "cpu" or x.numel() <= SMALL_ELEMENTS
 
 
 def _mean_channels(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -13,6 +13,7 @@ from attnk.ops._checks import check_choice
 from attnk.ops.spatial_gate import ORDERS, TIES, spatial_gate
 
 OUTPUTS = ("map", "gated", "residual")
+torch.fx.wrap("spatial_gate")  # one node in a symbolic trace
 
 # Under which names the families keep the convolution and its batch norm, and the order they are known to have.
 CONV_NAMES = {
@@ -40,7 +41,8 @@ class SpatialAttention(nn.Module):
     ``load_state_dict`` also takes the keys of the tutorials (``conv.*``), ultralytics (``cv1.weight``), and, with
     ``norm=True``, timm's (``spatial.conv.conv.*``) and the published CBAM's (``SpatialGate.spatial.conv.*``) spatial
     half, each with its batch norm; it saves as ``conv1.*`` and ``bn.*``. Keys hold neither a batch norm's momentum (0.1
-    in timm) nor, where families disagree, the order of the two channels: ``from_module`` finds out.
+    in timm) nor, where families disagree, the order of the two channels: ``from_module`` finds out. ``conv1`` holds the
+    weights and is not called: hooks on it never fire, and padding modes of a replacement are not heeded.
 
     Args:
         kernel_size: side of the convolution, odd.
@@ -80,7 +82,7 @@ class SpatialAttention(nn.Module):
         self.ties = ties
         self.backend = backend
         self.conv1 = nn.Conv2d(2, 1, kernel_size, padding=kernel_size // 2, bias=bias)
-        self.bn: _BatchNorm | None = nn.BatchNorm2d(1, momentum=0.01) if norm else None
+        self.bn: nn.Module | None = nn.BatchNorm2d(1, momentum=0.01) if norm else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Attend.
@@ -95,15 +97,16 @@ class SpatialAttention(nn.Module):
             ValueError, TypeError: a shape, dtype or device that does not fit; the message names it.
         """
         weight, bias = self.conv1.weight, self.conv1.bias
-        uses_batch_statistics = self.bn is not None and (self.bn.training or self.bn.running_mean is None)
-        if self.bn is not None and not uses_batch_statistics:
+        options = {"order": self.order, "ties": self.ties, "backend": self.backend}
+        if isinstance(self.bn, _BatchNorm) and not self.bn.training and self.bn.running_mean is not None:
             weight, bias = fold_batch_norm(weight, bias, self.bn)
-        output = "logit" if uses_batch_statistics else self.output
-        out = spatial_gate(x, weight, bias, order=self.order, output=output, ties=self.ties, backend=self.backend)
-        if self.bn is None or not uses_batch_statistics:
-            return out
-        # batch statistics stand between convolution and sigmoid
-        logit = out
+        elif self.bn is not None:  # batch statistics stand between convolution and sigmoid
+            logit = spatial_gate(x, weight, bias, output="logit", **options)  # type: ignore[arg-type]
+            return self._gate(x, logit)
+        return spatial_gate(x, weight, bias, output=self.output, **options)  # type: ignore[arg-type]
+
+    def _gate(self, x: torch.Tensor, logit: torch.Tensor) -> torch.Tensor:
+        assert self.bn is not None
         gate = torch.sigmoid(self.bn(logit) if x.dim() == 4 else self.bn(logit.unsqueeze(0)).squeeze(0))
         if self.output == "map":
             return gate
@@ -176,7 +179,7 @@ class SpatialAttention(nn.Module):
             state = copy.deepcopy((probe_conv, probe_norm))
             expected = _fingerprint(probe, kernel_size)
         except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            raise refusal(f"it failed on a 5-channel map ({error})") from error
+            raise refusal(f"it failed on a 5-channel map ({error!r})") from error
         with torch.random.fork_rng(devices=[]):  # the candidates draw weights nobody keeps
             for order, output, ties in itertools.product(ORDERS, OUTPUTS, TIES):
                 options: dict[str, Any] = {"order": order, "output": output, "ties": ties}

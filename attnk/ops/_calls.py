@@ -5,6 +5,12 @@ import contextlib
 import torch
 
 
+def autocast_is_on(x: torch.Tensor) -> bool:
+    """Whether autocast is on for the device of x; the meta device knows none."""
+    device_type = x.device.type
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 def is_plain(x: torch.Tensor) -> bool:
     """Whether nothing watches or replaces operators, so that an implementation may be called without the dispatcher.
 
@@ -20,8 +26,8 @@ _NOTHING = contextlib.nullcontext()
 
 def implementation_scope(x: torch.Tensor) -> contextlib.AbstractContextManager:
     """Where an implementation runs: on the device of x, and with autocast off, since it settles dtypes itself."""
-    autocast = torch.is_autocast_enabled(x.device.type)
-    if not autocast and not x.is_cuda:
+    autocast = autocast_is_on(x)
+    if not autocast and (not x.is_cuda or x.device.index == torch.cuda.current_device()):
         return _NOTHING
     stack = contextlib.ExitStack()
     if autocast:

@@ -2,6 +2,8 @@
 
 import torch
 
+from ._calls import autocast_is_on
+
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -28,9 +30,13 @@ def check_parameter(name: str, parameter: torch.Tensor, x: torch.Tensor) -> None
     if not isinstance(parameter, torch.Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(parameter).__name__}")
     if parameter.device != x.device:
-        raise ValueError(f"{name} must be on the device of x, {x.device}, got {parameter.device}")
+        raise ValueError(
+            f"{name} must be on the device of x, {x.device}, got {parameter.device} (module.to(x.device) moves it)"
+        )
     if parameter.dtype != x.dtype:
-        if not torch.is_autocast_enabled(x.device.type):
-            raise TypeError(f"{name} must have the dtype of x, {x.dtype}, got {parameter.dtype}")
+        if not autocast_is_on(x):
+            raise TypeError(
+                f"{name} must have the dtype of x, {x.dtype}, got {parameter.dtype} (module.to(x.dtype), or autocast)"
+            )
         if parameter.dtype not in FLOAT_DTYPES:
             raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {parameter.dtype}")

@@ -11,7 +11,7 @@ from attnk import dispatch
 from attnk.fallback import spatial_gate as fallback
 from attnk.reference.spatial_gate import spatial_gate_reference
 
-from ._calls import implementation_scope, is_plain
+from ._calls import autocast_is_on, implementation_scope, is_plain
 from ._checks import check_choice, check_feature_map, check_parameter
 from ._flops import announce_flops, declare_flops
 
@@ -137,7 +137,7 @@ def _channels_last(x: torch.Tensor) -> bool:
 def _run(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, order: str, output: str, ties: str, backend: str
 ) -> torch.Tensor:
-    if backend == "reference":
+    if backend == "reference" or torch.jit.is_tracing():  # a trace would freeze sizes and buffers
         return spatial_gate_reference(x, weight, bias, order=order, output=output, ties=ties)
     compiling = torch.compiler.is_compiling()
     if not compiling and not is_plain(x):
@@ -149,11 +149,11 @@ def _run(
     if transformed or (compiling and needs_grad):
         out = SpatialGateTransformFunction.apply(x, weight, bias, order, output, ties, backend)[0]
     elif needs_grad:
-        out = SpatialGateFunction.apply(x, weight, bias, order, output, ties, backend)
+        out, _ = SpatialGateFunction.apply(x, weight, bias, order, output, ties, backend)
     else:
         infer = _infer if is_plain(x) else _infer_op
         out = infer(x, weight, bias, order, output, backend)
-    if output in ("map", "logit") and x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
+    if output in ("map", "logit") and x.dtype == torch.float32 and autocast_is_on(x):
         out = out.to(torch.get_autocast_dtype(x.device.type))
     return out
 
@@ -188,7 +188,7 @@ def _infer(
 ) -> torch.Tensor:
     if x.numel() == 0:
         return _infer_fake(x, weight, bias, order, output, backend)
-    with implementation_scope(x):
+    with torch.no_grad(), implementation_scope(x):
         return _implementation(backend).spatial_gate_infer(x, weight, bias, order, output)
 
 
@@ -212,7 +212,7 @@ def _forward(
 ) -> Kept:
     if x.numel() == 0:
         return _forward_fake(x, weight, bias, order, output, ties, backend)
-    with implementation_scope(x):
+    with torch.no_grad(), implementation_scope(x):
         return _implementation(backend).spatial_gate_forward(x, weight, bias, order, output, ties)
 
 
@@ -259,7 +259,7 @@ def _backward(
     if gate.numel() == 0:
         dx, dweight, dbias = _backward_fake(dout, x, weight, gate, maps, index, *options, backend)
         return dx, dweight.zero_(), dbias.zero_()
-    with implementation_scope(dout):
+    with torch.no_grad(), implementation_scope(dout):
         return _implementation(backend).spatial_gate_backward(dout, x, weight, gate, maps, index, *options)
 
 
@@ -298,6 +298,26 @@ for _name, _real, _fake in (
     _library.impl(_name, _real, "CompositeExplicitAutograd")
     torch.library.register_fake(f"attnk::{_name}", _fake, lib=_library)
 
+
+def _setup_raw(ctx: Any, inputs: tuple, output: Any) -> None:
+    ctx.save_for_backward(*inputs[:3])
+    ctx.options = inputs[3:]
+
+
+def _backward_raw(ctx: Any, dout: torch.Tensor, *unused: Any) -> Any:
+    """Gradients of an operation called by itself, as exported programs call it; the forward runs once more."""
+    x, weight, bias = ctx.saved_tensors
+    order, output, *ties, backend = ctx.options
+    with torch.enable_grad():
+        leaves = [None if leaf is None else leaf.detach().requires_grad_() for leaf in (x, weight, bias)]
+        out, _ = SpatialGateFunction.apply(*leaves, order, output, *(ties or ["first"]), backend)
+    grads = iter(torch.autograd.grad(out, [leaf for leaf in leaves if leaf is not None], dout))
+    return *(None if leaf is None else next(grads) for leaf in leaves), *(None for _ in ctx.options)
+
+
+for _name in ("spatial_gate_infer", "spatial_gate_forward"):
+    torch.library.register_autograd(f"attnk::{_name}", _backward_raw, setup_context=_setup_raw, lib=_library)
+
 _infer_op = torch.ops.attnk.spatial_gate_infer.default
 _forward_op = torch.ops.attnk.spatial_gate_forward.default
 _backward_op = torch.ops.attnk.spatial_gate_backward.default
@@ -324,11 +344,11 @@ declare_flops(torch.ops.attnk.spatial_gate_backward, _backward_flops)
 # other, whose context is set up apart from its forward.
 
 
-def _save(ctx: Any, inputs: Sequence[Any], kept: Sequence[torch.Tensor], options: tuple) -> None:
-    x, weight, bias = inputs
+def _save(ctx: Any, inputs: Sequence[Any], token: torch.Tensor, kept: Sequence[torch.Tensor], options: tuple) -> None:
+    x, weight, _ = inputs
     _, output, ties, _ = options
     reads_x = output in ("gated", "residual") or ties == "even"
-    ctx.save_for_backward(bias, x if reads_x else None, weight, *kept)
+    ctx.save_for_backward(token, x if reads_x else None, weight, *kept)
     ctx.channels, ctx.channels_last, ctx.options = x.shape[1], _channels_last(x), options
     ctx.set_materialize_grads(False)
 
@@ -338,7 +358,7 @@ def _gradients(ctx: Any, dout: torch.Tensor | None) -> tuple[torch.Tensor | None
     if dout is None:
         return nothing
     needs_dx, needs_dweight, needs_dbias = ctx.needs_input_grad[:3]
-    bias, *saved = ctx.saved_tensors
+    token, *saved = ctx.saved_tensors
     *options, backend = ctx.options
     args = (
         dout, *saved, ctx.channels, ctx.channels_last, *options,
@@ -349,36 +369,42 @@ def _gradients(ctx: Any, dout: torch.Tensor | None) -> tuple[torch.Tensor | None
     elif torch.compiler.is_compiling():
         dx, dweight, dbias = _backward_op(*args)
     else:  # create_graph=True, torch.func, or somebody watching
-        dx, dweight, dbias = SpatialGateBackwardFunction.apply(*args, bias)
+        dx, dweight, dbias = SpatialGateBackwardFunction.apply(*args, token)
     return dx if needs_dx else None, dweight if needs_dweight else None, dbias if needs_dbias else None, *nothing[3:]
 
 
 class SpatialGateFunction(torch.autograd.Function):
-    """The gate in plain eager mode."""
+    """The gate in plain eager mode.
+
+    Besides the output there is a token without elements. A second derivative goes through it, whatever the backward
+    reads, and so fails in words instead of coming out zero.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Any, weight: Any, bias: Any, *options: str) -> torch.Tensor:
+    def forward(ctx: Any, x: Any, weight: Any, bias: Any, *options: str) -> tuple[torch.Tensor, torch.Tensor]:
         forward = _forward if is_plain(x) else _forward_op
         out, *kept = forward(x, weight, bias, *options)
-        _save(ctx, (x, weight, bias), kept, options)
-        return out
+        token = x.new_empty(0)
+        _save(ctx, (x, weight, bias), token, kept, options)
+        return out, token
 
     @staticmethod
-    def backward(ctx: Any, dout: torch.Tensor | None) -> Any:
+    def backward(ctx: Any, dout: torch.Tensor | None, *unused: Any) -> Any:
         return _gradients(ctx, dout)
 
 
 class SpatialGateTransformFunction(torch.autograd.Function):
-    """The gate under torch.compile, torch.export and torch.func."""
+    """The gate under torch.compile, torch.export and torch.func; what is kept are outputs there, and the token."""
 
     @staticmethod
-    def forward(x: Any, weight: Any, bias: Any, *options: str) -> Kept:
-        return _forward_op(x, weight, bias, *options)
+    def forward(x: Any, weight: Any, bias: Any, *options: str) -> tuple[torch.Tensor, ...]:
+        return *_forward_op(x, weight, bias, *options), x.new_empty(0)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
-        ctx.mark_non_differentiable(*output[1:])
-        _save(ctx, inputs[:3], output[1:], inputs[3:])
+        *kept, token = output[1:]
+        ctx.mark_non_differentiable(*kept)
+        _save(ctx, inputs[:3], token, kept, inputs[3:])
 
     @staticmethod
     def backward(ctx: Any, dout: torch.Tensor | None, *unused: Any) -> Any:
@@ -393,7 +419,7 @@ class SpatialGateTransformFunction(torch.autograd.Function):
 class SpatialGateBackwardFunction(torch.autograd.Function):
     """The backward, itself a Function so that torch.func can map over it and a second backward fails in words.
 
-    It takes the bias behind the arguments of the backward, so that the bias has such a second derivative, too.
+    Behind the arguments of the backward it takes the token that links it to all inputs of the forward.
     """
 
     @staticmethod
