@@ -860,3 +860,17 @@ def test_symbolic_trace():
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), attnk.SpatialAttention(3, output="gated"))
     x = torch.randn(2, 3, 4, 5)
     assert torch.equal(torch.fx.symbolic_trace(network)(x), network(x))
+
+
+def test_from_module_leaves_foreign_classes_behind():
+    class BatchNormAct(torch.nn.BatchNorm2d):
+        def forward(self, x):
+            return super().forward(x)
+
+    theirs = Timm()
+    theirs.conv.bn = BatchNormAct(1, eps=1e-3, momentum=0.2)
+    theirs.conv.bn.weight.requires_grad_(False)
+    ours = attnk.SpatialAttention.from_module(theirs.half())
+    assert type(ours.bn) is torch.nn.BatchNorm2d
+    assert (ours.bn.eps, ours.bn.momentum, ours.bn.weight.dtype) == (1e-3, 0.2, torch.float16)
+    assert not ours.bn.weight.requires_grad

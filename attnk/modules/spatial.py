@@ -203,7 +203,21 @@ class SpatialAttention(nn.Module):
         for mine, theirs in zip(self.conv1.parameters(), conv.parameters(), strict=True):
             mine.requires_grad_(theirs.requires_grad)
         if norm is not None:
-            self.bn = copy.deepcopy(norm)
+            self.bn = _plain_batch_norm(norm)
+
+
+def _plain_batch_norm(norm: _BatchNorm) -> nn.Module:
+    """A copy of a batch norm in PyTorch's own class, so that nothing of another library is taken along."""
+    plain: nn.Module = nn.BatchNorm2d(1, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
+    if isinstance(norm, nn.SyncBatchNorm):
+        plain = nn.SyncBatchNorm.convert_sync_batchnorm(plain, norm.process_group)
+    for tensor in (*norm.parameters(), *norm.buffers()):
+        if tensor.is_floating_point():
+            plain.to(tensor.device, tensor.dtype)
+    plain.load_state_dict(norm.state_dict())
+    for mine, theirs in zip(plain.parameters(), norm.parameters(), strict=True):
+        mine.requires_grad_(theirs.requires_grad)
+    return plain.train(norm.training)
 
 
 def fold_batch_norm(
