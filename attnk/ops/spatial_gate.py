@@ -158,7 +158,7 @@ def _run(
     return out
 
 
-# Registration. The implementations receive real tensors and a settled backend; nothing here knows autograd.
+# Registration. The implementations receive real tensors and a settled backend.
 
 _library = torch.library.Library("attnk", "FRAGMENT")
 _library.define(
@@ -298,25 +298,6 @@ for _name, _real, _fake in (
     _library.impl(_name, _real, "CompositeExplicitAutograd")
     torch.library.register_fake(f"attnk::{_name}", _fake, lib=_library)
 
-
-def _setup_raw(ctx: Any, inputs: tuple, output: Any) -> None:
-    ctx.save_for_backward(*inputs[:3])
-    ctx.options = inputs[3:]
-
-
-def _backward_raw(ctx: Any, dout: torch.Tensor, *unused: Any) -> Any:
-    """Gradients of an operation called by itself, as exported programs call it; the forward runs once more."""
-    x, weight, bias = ctx.saved_tensors
-    order, output, *ties, backend = ctx.options
-    with torch.enable_grad():
-        leaves = [None if leaf is None else leaf.detach().requires_grad_() for leaf in (x, weight, bias)]
-        out, _ = SpatialGateFunction.apply(*leaves, order, output, *(ties or ["first"]), backend)
-    grads = iter(torch.autograd.grad(out, [leaf for leaf in leaves if leaf is not None], dout))
-    return *(None if leaf is None else next(grads) for leaf in leaves), *(None for _ in ctx.options)
-
-
-for _name in ("spatial_gate_infer", "spatial_gate_forward"):
-    torch.library.register_autograd(f"attnk::{_name}", _backward_raw, setup_context=_setup_raw, lib=_library)
 
 _infer_op = torch.ops.attnk.spatial_gate_infer.default
 _forward_op = torch.ops.attnk.spatial_gate_forward.default
@@ -461,3 +442,26 @@ def _vmap(function: Any, size: int, in_dims: tuple, args: tuple, batched: set[in
     outs = function.apply(*moved)
     dims = tuple(0 if out.dim() == 4 else None for out in outs)
     return tuple(out.unflatten(0, (size, -1)) if out.dim() == 4 else out for out in outs), dims
+
+
+# Programs that were exported call the operations by themselves, without the Functions above, and may be trained.
+
+
+def _setup_raw(ctx: Any, inputs: tuple, output: Any) -> None:
+    ctx.save_for_backward(*inputs[:3])
+    ctx.options = inputs[3:]
+
+
+def _backward_raw(ctx: Any, dout: torch.Tensor, *unused: Any) -> Any:
+    """Gradients of an operation called by itself, as exported programs call it; the forward runs once more."""
+    x, weight, bias = ctx.saved_tensors
+    order, output, *ties, backend = ctx.options
+    with torch.enable_grad():
+        leaves = [None if leaf is None else leaf.detach().requires_grad_() for leaf in (x, weight, bias)]
+        out, _ = SpatialGateFunction.apply(*leaves, order, output, *(ties or ["first"]), backend)
+    grads = iter(torch.autograd.grad(out, [leaf for leaf in leaves if leaf is not None], dout))
+    return *(None if leaf is None else next(grads) for leaf in leaves), *(None for _ in ctx.options)
+
+
+for _name in ("spatial_gate_infer", "spatial_gate_forward"):
+    torch.library.register_autograd(f"attnk::{_name}", _backward_raw, setup_context=_setup_raw, lib=_library)
