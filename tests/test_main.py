@@ -95,7 +95,7 @@ def test_explain_with_a_backend(capsys):
         (["spatial_gate", "8x64"], "x must be (B, C, H, W) or (C, H, W), got 2 dimensions: (8, 64)"),
         (["spatial_gate", "8x0x56x56"], "x must have at least one channel"),
         (["spatial_gate", "8x-64x56x56"], "shape must have sizes of 0 or more, got '8x-64x56x56'"),
-        (["spatial_gate", "64x56x56", "--channels-last"], "channels_last"),
+        (["spatial_gate", "64x56x56", "--channels-last"], "--channels-last needs a shape of 4 sizes, got"),
         (["spatial_gate", "8x64x56x56", "--device", "gpu"], "gpu"),
         (["spatial_gat", "8x64x56x56"], "invalid choice: 'spatial_gat'"),
         (["spatial_gate", "8x64x56x56", "--dtype", "int8"], "invalid choice: 'int8'"),
