@@ -31,7 +31,7 @@ def spatial_gate_reference(
     pooled = torch.cat([avg, peak] if order == "avg_max" else [peak, avg], 1)
     if x.numel():
         logit = F.conv2d(pooled, weight.to(pooled.dtype), None if bias is None else bias.to(pooled.dtype),
-                         padding=weight.shape[-1] // 2)  # fmt: skip
+                         padding=int(weight.shape[-1]) // 2)  # fmt: skip
     else:  # conv2d refuses an empty plane; zero gradients still reach the weight
         logit = avg + weight.sum() * 0 + (0 if bias is None else bias.sum() * 0)
     if output == "logit":
