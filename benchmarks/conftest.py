@@ -1,6 +1,7 @@
 """Options, and the tables at the end: pytest-benchmark's own show nothing but time."""
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))  # for harness, shapes and so on: the folder is not a package
 
 import harness
+import shapes
 import tables
 
 
@@ -46,6 +48,15 @@ def quick(request: pytest.FixtureRequest) -> bool:
     return request.config.getoption("--quick")
 
 
+@pytest.fixture
+def threads(request: pytest.FixtureRequest, quick: bool) -> Iterator[int]:
+    """How many threads PyTorch has during a test; with --quick one, which never waits for another."""
+    before, wanted = torch.get_num_threads(), getattr(request, "param", 1 if quick else shapes.CPU_THREADS)
+    torch.set_num_threads(wanted)
+    yield wanted
+    torch.set_num_threads(before)
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if not harness.RECORDS:
@@ -58,6 +69,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(
             f"Others kept {busy} % of the processor busy before this began: distrust its times."
         )
+
+
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """A run that goes on where another stopped may be stopped itself: keep what there is."""
+    option = item.config.option
+    if option.resume and option.results is not None and harness.RECORDS:
+        harness.write_results(option.results, harness.RECORDS, complete=False)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

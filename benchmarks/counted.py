@@ -6,6 +6,7 @@ imports Triton; ``meter`` starts that process.
 """
 
 import dataclasses
+import importlib
 import json
 import math
 import os
@@ -15,42 +16,26 @@ from typing import Any
 from unittest import mock
 
 import torch
-from harness import Case, Provider, forced_config, launch_configs, providers
+from harness import Case, Provider
 from torch.utils._python_dispatch import TorchDispatchMode
 
 Bytes = dict[str, int]  # by pass: "forward", "backward"
 
 
 def meter(case: Case) -> dict[str, Bytes]:
-    """Bytes of attnk's kernels for a case, by "two launches" and, where there is such a kernel, "one launch"."""
-    command = [sys.executable, __file__, json.dumps(dataclasses.asdict(case))]
+    """Bytes of attnk's kernels for a case, by variant: what ``case.metered()`` says in the interpreter."""
+    what = [type(case).__module__, type(case).__name__, json.dumps(dataclasses.asdict(case))]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, __file__, *what]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"the meter failed:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _metered(case: Case) -> dict[str, Bytes]:
-    from attnk.testing import Meter
-
-    x, dout = case.inputs()
-    module = case.attnk()
-    module.backend = "triton"
-    found = {}
-    for name, config in zip(("two launches", "one launch"), launch_configs(case), strict=True):
-        if config is None:
-            continue
-        if config.lag:  # bytes do not depend on the lag, and a short one leaves fewer programs to interpret
-            config = dataclasses.replace(config, lag=-(-case.shape[2] * case.shape[3] // config.block_p))
-        with forced_config(config):
-            with torch.no_grad(), Meter() as forward:
-                module(x)
-            out = module(x)
-            with Meter() as backward:
-                torch.autograd.grad(out, (x, *module.parameters()), dout)
-        found[name] = {"forward": forward.bytes, "backward": backward.bytes}
-    return found
+def _metered(module: str, name: str, fields: str) -> dict[str, Bytes]:
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in json.loads(fields).items()}
+    return getattr(importlib.import_module(module), name)(**values).metered()
 
 
 class Trace(TorchDispatchMode):
@@ -94,13 +79,13 @@ def _addresses(value: Any) -> int:
     return 0
 
 
-def traced(provider: Provider, x: torch.Tensor, dout: torch.Tensor) -> Bytes:
+def traced(provider: Provider, inputs: tuple[torch.Tensor, ...], dout: torch.Tensor) -> Bytes:
     """Bytes of the operators that a provider runs in eager mode."""
-    with torch.no_grad(), Trace() as forward:
-        provider.forward(x)
-    out = provider.forward(x)
+    with Trace() as forward:
+        provider.infer(inputs)
+    out = provider.forward(inputs)
     with Trace() as backward:
-        provider.backward(out, x, dout)
+        provider.backward(out, inputs, dout)
     return {"forward": forward.bytes, "backward": backward.bytes}
 
 
@@ -124,13 +109,12 @@ def compiled(case: Case) -> Bytes:
         graphs.append(graph.count_bytes()[0])
         return module
 
-    x, dout = case.inputs()
+    inputs, dout = case.inputs()
     with mock.patch.object(GraphLowering, "compile_to_module", counting), config.patch(force_disable_caches=True):
-        provider = providers(case)["torch.compile"]
-        with torch.no_grad():
-            provider.forward(x)
+        provider = case.providers()["torch.compile"]
+        provider.infer(inputs)
         inference = graphs.copy()
-        provider.backward(provider.forward(x), x, dout)
+        provider.backward(provider.forward(inputs), inputs, dout)
     torch._dynamo.reset()
     if len(inference) != 1 or len(graphs) != 3:
         raise AttributeError(f"Inductor compiled {len(graphs)} graphs where one for each pass was expected")
@@ -159,5 +143,4 @@ def peak_memory(timed: Any, device: str) -> int:
 
 
 if __name__ == "__main__":
-    fields = json.loads(sys.argv[1])
-    print(json.dumps(_metered(Case(**{**fields, "shape": tuple(fields["shape"])}))))
+    print(json.dumps(_metered(*sys.argv[1:])))

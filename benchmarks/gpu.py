@@ -1,9 +1,9 @@
 """Everything that needs a GPU: the tests marked so, the tuning sweep, the benchmarks. Under ten minutes in all.
 
-    python benchmarks/gpu.py [tests] [tune] [bench] [--again]
+    python benchmarks/gpu.py [tests] [tune] [bench] [spatial_gate] [softmax_attention] [--again] [--seconds 480]
 
-Each part writes its file into ``benchmarks/results/<device>/`` and is skipped once it is complete; tuning and the
-benchmarks have a time box, and go on where they stopped when the command is repeated.
+Each part writes its file into ``benchmarks/results/<device>/``, tuning and benchmarks one for each operation, and is
+skipped once it is complete. They share the seconds, and go on where they stopped when the command is repeated.
 """
 
 import argparse
@@ -18,47 +18,77 @@ import harness
 import torch
 
 ROOT = Path(__file__).parents[1]
-PARTS = ("tests", "tune", "bench")
-TEST_SECONDS, TUNE_SECONDS, BENCH_SECONDS = 150, 150, 240  # ten minutes, less what starting and finishing takes
-TUNED_SHAPES = ((32, 64, 112, 112), (32, 256, 56, 56), (256, 512, 14, 14), (32, 2048, 7, 7))  # for tune.MIN_PIXELS
+SHARES = {"tests": 300, "tune": 150, "bench": 240}  # of the time, by part; every operation's tuning has one, and so on
+SECONDS = 480  # ten minutes, less what starting takes and the cases that are begun in time and end later
+
+Step = tuple[str, str]  # part, operation; the tests are of all operations
 
 
 def main() -> None:
-    """Run the parts that the command line names, or all."""
+    """Run the parts and operations that the command line names, or all."""
+    ops = harness.operations()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="part", help=f"of {', '.join(PARTS)}; all by default")
+    parser.add_argument("what", nargs="*", help=f"of {', '.join((*SHARES, *ops))}; all by default")
     parser.add_argument("--again", action="store_true", help="also parts that are complete, from their start")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="in all (default: %(default)s)")
     options = parser.parse_args()
-    unknown = set(options.parts) - set(PARTS)
+    unknown = sorted(set(options.what) - {*SHARES, *ops})
     if unknown:
-        parser.error(f"unknown part {', '.join(sorted(unknown))}: choose from {', '.join(PARTS)}")
+        parser.error(f"unknown part or operation {', '.join(unknown)}: choose from {', '.join((*SHARES, *ops))}")
     if not torch.cuda.is_available():
         raise SystemExit("This needs a GPU, and torch sees none. Without one: make test, make bench.")
     folder = harness.device_folder()
     folder.mkdir(parents=True, exist_ok=True)
     print(f"{harness.device_name()}: results go to {folder.relative_to(ROOT)}")
-    failed = False
-    for part in options.parts or PARTS:
-        path = folder / f"{part}.json"
+    deadline = time.monotonic() + options.seconds
+    todo = []
+    for step in steps(options.what, ops):
+        path = path_of(folder, step)
         if options.again:
             path.unlink(missing_ok=True)
         if path.exists() and json.loads(path.read_text())["conditions"].get("complete"):
-            print(f"{part}: complete, in {path.name}; --again repeats it")
+            print(f"{' '.join(step)}: complete, in {path.name}; --again repeats it")
             continue
+        todo.append(step)
+    failed = False
+    for position, step in enumerate(todo):
+        part, op = step
         start = time.monotonic()
-        failed |= {"tests": run_tests, "tune": run_tune, "bench": run_bench}[part](path)
-        print(f"{part}: {time.monotonic() - start:.0f} s")
+        seconds = share(todo[position:], deadline - start)
+        path = path_of(folder, step)
+        if part == "tests":
+            failed |= run_tests(path, seconds)
+        else:
+            failed |= {"tune": run_tune, "bench": run_bench}[part](path, op, seconds)
+        print(f"{' '.join(step)}: {time.monotonic() - start:.0f} s of {seconds:.0f} s")
     raise SystemExit(failed)
 
 
-def run_tests(path: Path) -> bool:
+def steps(what: list[str], ops: list[str]) -> list[Step]:
+    """What to run, in order: the parts named, or all, of the operations named, or all."""
+    parts = [part for part in SHARES if part in what] or list(SHARES)
+    chosen = [op for op in ops if op in what] or ops
+    return [(part, op) for part in parts for op in (("",) if part == "tests" else chosen)]
+
+
+def share(left: list[Step], seconds: float) -> float:
+    """The part of the seconds left that is the first step's."""
+    return max(0.0, seconds) * SHARES[left[0][0]] / sum(SHARES[part] for part, _ in left)
+
+
+def path_of(folder: Path, step: Step) -> Path:
+    """The results file of a step."""
+    return folder / f"{'_'.join(filter(None, reversed(step)))}.json"
+
+
+def run_tests(path: Path, seconds: float) -> bool:
     """The tests marked ``gpu``. True where one failed or the time ran out."""
     command = [sys.executable, "-m", "pytest", "tests", "-m", "gpu", "-q", "-p", "no:cacheprovider", "-rf"]
     try:
-        code = subprocess.run(command, cwd=ROOT, timeout=TEST_SECONDS, capture_output=True, text=True, check=False)
+        code = subprocess.run(command, cwd=ROOT, timeout=seconds, capture_output=True, text=True, check=False)
         output, passed = code.stdout, code.returncode == 0
     except subprocess.TimeoutExpired as error:
-        output, passed = f"{(error.stdout or b'').decode()}\ntimed out after {TEST_SECONDS} s", False
+        output, passed = f"{(error.stdout or b'').decode()}\ntimed out after {seconds:.0f} s", False
     lines = output.strip().splitlines()
     print("\n".join(lines[-20:]))
     failures = [line for line in lines if line.startswith("FAILED")]
@@ -66,22 +96,17 @@ def run_tests(path: Path) -> bool:
     return not passed
 
 
-def run_tune(path: Path) -> bool:
-    """The tuning sweep, one case after another until the time is spent. True where a configuration was wrong."""
+def run_tune(path: Path, op: str, seconds: float) -> bool:
+    """An operation's sweep, one case after another until the time is spent. True where a configuration was wrong."""
     import tune
     from tqdm import tqdm
 
-    cases = [
-        harness.Case(shape, "gated", dtype, channels_last, device="cuda")
-        for dtype in ("fp16", "fp32")
-        for channels_last in (False, True)
-        for shape in TUNED_SHAPES
-    ]
+    cases = harness.cases_of(op).tuned_cases()
     records: list[dict[str, Any]] = harness.read_results(path)["records"] if path.exists() else []
-    swept = {record["case"] for record in records if record["complete"]}
+    swept = {record["name"] for record in records if record["complete"]}
     todo = [case for case in cases if str(case) not in swept]
-    deadline, failed = time.monotonic() + TUNE_SECONDS, False
-    with tqdm(todo, desc="tuning", unit="case") as bar:
+    deadline, failed = time.monotonic() + seconds, False
+    with tqdm(todo, desc=f"tuning {op}", unit="case") as bar:
         for position, case in enumerate(bar):
             left = deadline - time.monotonic()
             if left <= 0:
@@ -93,27 +118,28 @@ def run_tune(path: Path) -> bool:
                 print(f"{case}: not tuned, {error}")
                 failed = True
                 continue
-            records = [record for record in records if record["case"] != str(case)]
-            records.append({"group": "tune", "case": str(case), **outcome.fields()})
-            swept = {record["case"] for record in records if record["complete"]}
+            records = [record for record in records if record["name"] != str(case)]
+            records.append({"group": "tune", "name": str(case), **outcome.fields()})
+            swept = {record["name"] for record in records if record["complete"]}
             harness.write_results(path, records, complete={str(case) for case in cases} <= swept)
-    print("Rows for kernels/tuning.py, most pixels first:")
+    print("Rows for kernels/tuning.py:")
     for record in records:
-        print(f"  {record['row']}{'' if record['complete'] else '  (sweep not complete)'}")
+        print(f"{record['row']}{'' if record['complete'] else '  (sweep not complete)'}")
     return failed
 
 
-def run_bench(path: Path) -> bool:
-    """The benchmarks of group ``gpu``, and their picture. True where a provider was wrong or failed."""
+def run_bench(path: Path, op: str, seconds: float) -> bool:
+    """An operation's benchmarks of group ``gpu``, and their picture. True where a provider was wrong or failed."""
     import plot
 
     command = [
-        sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "-q", "-k", "test_gpu",
-        "--results", str(path), "--resume", "--time-box", str(BENCH_SECONDS),
+        sys.executable, "-m", "pytest", f"benchmarks/bench_{op}.py", "--benchmark-only", "-q", "-k", "test_gpu",
+        "--results", str(path), "--resume", "--time-box", str(seconds),
     ]  # fmt: skip
     code = subprocess.run(command, cwd=ROOT, check=False).returncode
     if path.exists():
-        print(f"drew {plot.draw(path, path.with_suffix('.png')).relative_to(ROOT)}")
+        for png in plot.draw(path, path.with_suffix(".png")):
+            print(f"drew {png.relative_to(ROOT)}")
     return code != 0
 
 

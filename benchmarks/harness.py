@@ -1,132 +1,107 @@
-"""What every benchmark shares: cases, providers, the correctness check, interleaved clocks, and the results file.
+"""What every benchmark shares: providers, the correctness check, interleaved clocks, and the results file.
 
-A *provider* is one way to compute the spatial gate. All providers of a case are timed in turn, round by round, in one
-process: what the machine does meanwhile hits all of them alike, and ratios are ratios of medians of one such run.
+A *case* is one input and one output of an operation; the file ``<operation>_cases.py`` has its classes. A *provider* is
+one way to compute a case. All providers of a case are timed in turn, round by round, in one process: what the machine
+does meanwhile hits all of them alike, and ratios are ratios of medians of one such run.
 """
 
 import contextlib
 import dataclasses
 import datetime
 import gc
+import importlib
+import itertools
 import json
 import os
 import platform
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, ClassVar, Protocol
+from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import attnk
-from attnk.reference.spatial_gate import spatial_gate_reference
 
-KERNEL_SIZE = 7
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-LAGS = (264, 396, 528, 792)
+FIRST_OP = "spatial_gate"  # of results files that name no operation; the others follow it
 FLUSH_BYTES = 1 << 30  # written between two measurements: more than any L2
 SLEEP_CYCLES = 4_000_000  # about 2 ms, longer than the host takes to launch any pass
 COPY_BYTES = 2 << 30
+SEED = 7  # before each run of a random case that is checked
 
 
-class TutorialMap(nn.Module):
-    """Spatial attention as tutorials write it that return the map."""
-
-    def __init__(self, kernel_size: int = KERNEL_SIZE) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(2, 1, kernel_size, padding=kernel_size // 2, bias=False)
-        self.sigmoid = nn.Sigmoid()
-
-    def forward(self, x: Tensor) -> Tensor:
-        avg_out = torch.mean(x, dim=1, keepdim=True)
-        max_out, _ = torch.max(x, dim=1, keepdim=True)
-        return self.sigmoid(self.conv1(torch.cat([avg_out, max_out], dim=1)))
+def operations() -> list[str]:
+    """Every operation that has benchmarks."""
+    stems = {path.stem.removeprefix("bench_") for path in Path(__file__).parent.glob("bench_*.py")}
+    return sorted(stems, key=lambda stem: (stem != FIRST_OP, stem))
 
 
-class TutorialGated(nn.Module):
-    """Spatial attention as tutorials write it that return the gated input."""
-
-    def __init__(self, kernel_size: int = KERNEL_SIZE) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(2, 1, kernel_size, padding=kernel_size // 2)
-        self.sigmoid = nn.Sigmoid()
-
-    def forward(self, x: Tensor) -> Tensor:
-        max_pool = torch.max(x, dim=1, keepdim=True)[0]
-        avg_pool = torch.mean(x, dim=1, keepdim=True)
-        return x * self.sigmoid(self.conv(torch.cat([max_pool, avg_pool], dim=1)))
+def cases_of(op: str) -> ModuleType:
+    """The file of an operation's cases."""
+    return importlib.import_module(f"{op}_cases")
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One input and one output: what all providers of a comparison compute.
+class Case(Protocol):
+    """What the class of an operation's cases has; a frozen dataclass whose fields are numbers, strings or tuples.
+
+    ``needed_memory`` and ``rates`` are for the group gpu, ``kernel_bytes`` and ``metered`` for io.
 
     Attributes:
-        shape: (B, C, H, W).
-        output: "map" (average first, no bias) or "gated" (maximum first, with bias), as the two tutorials have it.
+        op: the operation.
         dtype: a key of DTYPES.
-        channels_last: the layout of x.
         device: "cpu" or "cuda".
+        random: whether each call draws numbers, so that every provider has its own right values; then it is for
+            training alone.
     """
 
-    shape: tuple[int, int, int, int]
-    output: str
-    dtype: str = "fp32"
-    channels_last: bool = False
-    device: str = "cpu"
+    op: ClassVar[str]
+    dtype: str
+    device: str
+
+    @property
+    def random(self) -> bool: ...
 
     @property
     def size(self) -> int:
-        """S, the bytes of x."""
-        batch, channels, height, width = self.shape
-        return batch * channels * height * width * DTYPES[self.dtype].itemsize
+        """S, the bytes of the first input, in which bytes are told."""
 
     @property
-    def layout(self) -> str:
-        return "channels_last" if self.channels_last else "contiguous"
-
-    def __str__(self) -> str:
-        return f"{self.output} {'x'.join(map(str, self.shape))} {self.dtype} {self.layout}"
+    def needed_memory(self) -> int:
+        """Bytes that checking and timing may hold at once."""
 
     def fields(self) -> dict[str, Any]:
         """The case as columns of a results file."""
-        names = ("output", "shape", "dtype", "layout")
-        return dict(zip(names, (self.output, "x".join(map(str, self.shape)), self.dtype, self.layout), strict=True))
 
-    def inputs(self) -> tuple[Tensor, Tensor]:
-        """x, requiring grad, and the gradient of the output.
+    def inputs(self) -> tuple[tuple[Tensor, ...], Tensor]:
+        """The inputs, requiring grad, and the gradient of the output."""
 
-        Every pixel's maximum is unique, so that providers may differ on whom equal maxima give their gradient.
+    def providers(self, compiled: bool = True) -> dict[str, "Provider"]:
+        """The providers, by name; the tutorials' code, which ratios refer to, comes first."""
+
+    def oracle(
+        self, provider: "Provider", inputs: tuple[Tensor, ...], dout: Tensor
+    ) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Output ("out") and gradients in float64, inputs first, parameters after them.
+
+        Beside them, by name, the sum of the absolute terms of gradients that are sums which may cancel. Of a random
+        case they are those of the numbers that the provider draws after ``torch.manual_seed(SEED)``, with grad.
         """
-        generator = torch.Generator(self.device).manual_seed(0)
-        batch, channels, height, width = self.shape
-        layout = torch.channels_last if self.channels_last else torch.contiguous_format
-        options = {"dtype": DTYPES[self.dtype], "device": self.device}
-        x = torch.empty(self.shape, memory_format=layout, **options).normal_(generator=generator).clamp_(-4, 4)
-        plane = (batch, 1, height, width)
-        winner = torch.randint(channels, plane, device=self.device, generator=generator)
-        x.scatter_(1, winner, torch.empty(plane, **options).uniform_(5, 6, generator=generator))
-        shape = plane if self.output == "map" else self.shape
-        dout = torch.empty(shape, memory_format=layout, **options).normal_(generator=generator)
-        dout *= min(1, 1000 / dout.numel() ** 0.5)  # so that its sums do not overflow in float16
-        return x.requires_grad_(), dout
 
-    def tutorial(self) -> nn.Module:
-        """The tutorials' module with the weights that every provider of the case has."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            module = TutorialMap() if self.output == "map" else TutorialGated()
-        return module.to(self.device, DTYPES[self.dtype])
+    def rates(self, which: str, provider: str, seconds: float, copy: float) -> dict[str, float]:
+        """What a GPU's records say of a pass besides its time; copy is the bytes a second of a large copy."""
 
-    def attnk(self) -> nn.Module:
-        """The module of attnk that computes the same, with the same weights."""
-        options = {"order": "max_avg", "bias": True} if self.output == "gated" else {}
-        module = attnk.SpatialAttention(KERNEL_SIZE, output=self.output, **options)
-        module.load_state_dict(self.tutorial().state_dict())
-        return module.to(self.device, DTYPES[self.dtype])
+    def kernel_bytes(self, which: str, provider: str) -> int:
+        """The bytes that attnk's kernels move in a pass, by the formula in their file; provider names the variant."""
+
+    def metered(self) -> dict[str, dict[str, int]]:
+        """Bytes that attnk's kernels move, by variant and pass; needs the Triton interpreter."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,74 +110,64 @@ class Provider:
 
     Attributes:
         name: what tables call it.
-        module: takes x.
-        parameters: what is differentiated for, besides x.
-        config: the kernel configuration it is forced to; None for what the library chooses.
+        call: takes the case's inputs.
+        parameters: what is differentiated for, besides the inputs.
+        scope: entered around every pass: forces a configuration or a backend.
+        peer: whether it is code of others, which may refuse a case; what it raises is then its answer.
     """
 
     name: str
-    module: Callable[[Tensor], Tensor]
-    parameters: tuple[Tensor, ...]
-    config: Any = None
+    call: Callable[..., Tensor]
+    parameters: tuple[Tensor, ...] = ()
+    scope: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+    peer: bool = False
 
-    def forward(self, x: Tensor) -> Tensor:
-        with forced_config(self.config):
-            return self.module(x)
+    def forward(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        with self.scope():
+            return self.call(*inputs)
 
-    def backward(self, out: Tensor, x: Tensor, dout: Tensor) -> tuple[Tensor, ...]:
-        with forced_config(self.config):
-            return torch.autograd.grad(out, (x, *self.parameters), dout)
+    def backward(self, out: Tensor, inputs: tuple[Tensor, ...], dout: Tensor) -> tuple[Tensor, ...]:
+        with self.scope():
+            return torch.autograd.grad(out, (*inputs, *self.parameters), dout)
 
-
-def providers(case: Case, compiled: bool = True) -> dict[str, Provider]:
-    """The providers of a case, by name; the tutorials' code, which ratios refer to, comes first."""
-    tutorial, ours = case.tutorial(), case.attnk()
-    parameters, our_parameters = tuple(tutorial.parameters()), tuple(ours.parameters())
-    found = [Provider("tutorial", tutorial, parameters)]
-    if compiled:
-        torch._dynamo.reset()  # a second shape would otherwise be compiled for any shape
-        found.append(Provider("torch.compile", torch.compile(tutorial, fullgraph=True), parameters))
-    if case.device == "cpu":
-        found.append(Provider("attnk", ours, our_parameters))
-    else:
-        two, one = launch_configs(case)
-        found.append(Provider("attnk, two launches", ours, our_parameters, two))
-        if one is not None:
-            found.append(Provider("attnk, one launch", ours, our_parameters, one))
-    return {provider.name: provider for provider in found}
-
-
-def launch_configs(case: Case) -> tuple[Any, Any]:
-    """The tuning table's configuration of a case for two launches, and for one, or None where that cannot run."""
-    from attnk.kernels import tuning
-
-    _, _, height, width = case.shape
-    config = tuning.spatial_gate_config(
-        tuning.architecture(torch.device(case.device)),
-        itemsize=DTYPES[case.dtype].itemsize,
-        pixels=height * width,
-        channels_last=case.channels_last,
-    )
-    tiles = -(-height * width // config.block_p)
-    lag = next((lag for lag in (config.lag, *LAGS) if lag >= tiles), None)
-    two = dataclasses.replace(config, lag=0)
-    return two, None if case.output == "map" or lag is None else dataclasses.replace(config, lag=lag)
+    def infer(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        with torch.no_grad():
+            return self.forward(inputs)
 
 
 @contextlib.contextmanager
-def forced_config(config: Any) -> Iterator[None]:
-    """Launch every spatial gate inside the block with one configuration, whatever the table says; None: as it says."""
-    if config is None:
-        yield
-        return
-    from attnk.kernels import spatial_gate as kernels
-
-    original = kernels.spatial_gate_config
-    kernels.spatial_gate_config = lambda *args, **kwargs: config
+def replaced(module: ModuleType, name: str, value: Any) -> Iterator[None]:
+    """Another value of a module's name inside the block."""
+    original = getattr(module, name)
+    setattr(module, name, value)
     try:
         yield
     finally:
-        kernels.spatial_gate_config = original
+        setattr(module, name, original)
+
+
+@contextlib.contextmanager
+def captured_launches() -> Iterator[list[tuple[str, Callable[[], Any]]]]:
+    """The kernels launched inside the block, by name, each as a function that launches it once more."""
+    from attnk import dispatch
+
+    if dispatch.INTERPRETED:
+        from triton.runtime.interpreter import GridExecutor as launcher
+
+        method = "__call__"
+    else:
+        from triton.runtime.jit import JITFunction as launcher
+
+        method = "run"
+    launches: list[tuple[str, Callable[[], Any]]] = []
+    original = getattr(launcher, method)
+
+    def capture(kernel: Any, *args: Any, **kwargs: Any) -> Any:
+        launches.append((kernel.fn.__name__, lambda: getattr(launcher, method)(kernel, *args, **kwargs)))
+        return original(kernel, *args, **kwargs)
+
+    with mock.patch.object(launcher, method, capture):
+        yield launches
 
 
 # What is timed: a pass is a pair, what comes before the clock starts and what comes after, which takes its result.
@@ -211,18 +176,13 @@ PASSES = ("forward", "backward", "training")
 Work = tuple[Callable[[], Any], Callable[[Any], Any]]
 
 
-def work(provider: Provider, x: Tensor, dout: Tensor, which: str) -> Work:
+def work(provider: Provider, inputs: tuple[Tensor, ...], dout: Tensor, which: str) -> Work:
     """One pass of a provider: the forward without grad, the backward alone, or both as in training."""
     if which == "forward":
-        return lambda: None, lambda _: _without_grad(provider, x)
+        return lambda: None, lambda _: provider.infer(inputs)
     if which == "backward":
-        return lambda: provider.forward(x), lambda out: provider.backward(out, x, dout)
-    return lambda: None, lambda _: provider.backward(provider.forward(x), x, dout)
-
-
-def _without_grad(provider: Provider, x: Tensor) -> Tensor:
-    with torch.no_grad():
-        return provider.forward(x)
+        return lambda: provider.forward(inputs), lambda out: provider.backward(out, inputs, dout)
+    return lambda: None, lambda _: provider.backward(provider.forward(inputs), inputs, dout)
 
 
 # Correctness
@@ -232,61 +192,112 @@ class WrongResult(RuntimeError):
     """A provider that computes something else; it is not timed."""
 
 
-def check(found: dict[str, Provider], x: Tensor, dout: Tensor) -> None:
-    """Raise unless every provider computes the case, at the very shape that is timed.
+class Refused(RuntimeError):
+    """A peer that does not take a case, and why."""
+
+
+Verdicts = dict[str, dict[str, RuntimeError]]  # by provider and pass; no entry where it is right
+
+
+def verdicts(case: Case, found: dict[str, Provider], inputs: tuple[Tensor, ...], dout: Tensor) -> Verdicts:
+    """What is wrong with the providers of a case, at the very shape that is timed.
 
     The oracle is the definition in float64. As in the tests, a provider passes when the largest error of the output
-    and of every gradient is at most ``2 * (the tutorial's own error + eps * max |oracle|)``; the gradients of the
-    parameters, sums over all pixels that may cancel, are conceded the rounding of their terms in float32. The tutorial
-    passes when its errors are at most 5 % of max |oracle|, and the rounding of those terms in its dtype.
+    and of every gradient is at most ``2 * (the tutorial's own error + eps * max |oracle|)``; gradients that are sums
+    which may cancel are conceded the rounding of their terms in float32. The tutorial passes when its errors are at
+    most 5 % of max |oracle|, and the rounding of those terms in its dtype.
+
+    Returns:
+        For every provider, by pass, a WrongResult that names the tensor, its error and what was allowed, or what made
+        a peer refuse. Where the tutorial is wrong, so are all: there is no measure for them.
+    """
+    result: Verdicts = {name: {} for name in found}
+    eps = torch.finfo(inputs[0].dtype).eps
+    allowed: dict[str, float] = {}
+    exact: dict[str, Tensor] = {}
+    terms: dict[str, float] = {}
+    first = next(iter(found))
+    for name, provider in found.items():
+        if case.random or not exact:
+            try:
+                with answers(provider):
+                    exact, terms = case.oracle(provider, inputs, dout)
+            except (Refused, WrongResult) as error:
+                result[name] = dict.fromkeys(PASSES, error)
+                continue
+        for passes, run in ((("forward",), _inferred), (("backward", "training"), _differentiated)):
+            if case.random and run is _inferred:
+                continue
+            try:
+                with answers(provider):
+                    got = run(provider, inputs, dout, list(exact))
+                for tensor, value in got.items():
+                    want = exact[tensor] if tensor in exact else exact["out"]
+                    error, scale = _error(name, tensor, value, want, inputs[0].dtype), want.abs().max().item()
+                    summed = terms.get(tensor, 0.0)
+                    bound = allowed.setdefault(tensor, 0.05 * scale + eps * summed)
+                    if not error <= bound:  # also catches NaN
+                        raise WrongResult(f"{name}: error of {tensor} is {error:.2e}, allowed {bound:.2e}")
+                    if name == first:
+                        allowed[tensor] = 2 * (error + eps * scale + torch.finfo(torch.float32).eps * summed)
+            except (Refused, WrongResult) as error:
+                result[name] |= dict.fromkeys(passes, error)
+        if name == first and result[first]:
+            return dict.fromkeys(found, dict.fromkeys(PASSES, next(iter(result[first].values()))))
+    return result
+
+
+def check(case: Case, found: dict[str, Provider], inputs: tuple[Tensor, ...], dout: Tensor) -> None:
+    """Raise unless every provider computes the case.
 
     Raises:
-        WrongResult: names the provider, the tensor, its error and what was allowed.
+        WrongResult, Refused: the first of the ``verdicts``.
     """
-    tutorial = next(iter(found.values()))
-    oracle, terms = _oracle(x.detach(), dout, tutorial.parameters)
-    eps = torch.finfo(x.dtype).eps
-    allowed: dict[str, float] = {}
-    for provider in found.values():
-        out = provider.forward(x)
-        got = dict(zip(oracle, (out.detach(), *provider.backward(out, x, dout)), strict=True))
-        got["out without grad"] = _without_grad(provider, x)
-        for name, value in got.items():
-            want = oracle["out" if name.startswith("out") else name]
-            summed = terms if name in ("dweight", "dbias") else 0
-            if value.shape != want.shape or value.dtype != x.dtype:
-                raise WrongResult(f"{provider.name}: {name} is {value.dtype} {tuple(value.shape)}")
-            error, scale = _deviation(value, want), want.abs().max().item()
-            bound = allowed.setdefault(name, 0.05 * scale + eps * summed)
-            if not error <= bound:  # also catches NaN
-                raise WrongResult(f"{provider.name}: error of {name} is {error:.2e}, allowed {bound:.2e}")
-            if provider is tutorial:
-                allowed[name] = 2 * (error + eps * scale + torch.finfo(torch.float32).eps * summed)
+    for failures in verdicts(case, found, inputs, dout).values():
+        for error in failures.values():
+            raise error
 
 
-def _oracle(x: Tensor, dout: Tensor, parameters: tuple[Tensor, ...]) -> tuple[dict[str, Tensor], float]:
-    """Output and gradients in float64, and the sum of the absolute terms of the parameters' gradients."""
-    gated = dout.shape == x.shape and len(parameters) == 2
-    order = "max_avg" if gated else "avg_max"
-    wide = [parameter.detach().double().requires_grad_() for parameter in parameters]
-    parts, sums, magnitude = [], [torch.zeros_like(parameter) for parameter in wide], 0.0
-    images = max(1, (1 << 25) // x[0].numel())  # at a time: float64 takes room
-    for part, dpart in zip(x.split(images), dout.split(images), strict=True):
-        part = part.double().requires_grad_()
-        logit = spatial_gate_reference(part, *wide, order=order, output="logit")
-        gate = torch.sigmoid(logit)
-        out = part * gate if gated else gate
-        dx, dlogit, *grads = torch.autograd.grad(out, (part, logit, *wide), dpart.double())
-        parts.append((out.detach(), dx))
-        sums = [total + grad for total, grad in zip(sums, grads, strict=True)]
-        magnitude += (dlogit.abs().sum() * part.abs().max()).item()
-    outs, dxs = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    names = ("out", "dx", "dweight", "dbias")
-    oracle = dict(zip(names, (outs, dxs, *sums), strict=False))
-    return oracle, magnitude
+def _inferred(provider: Provider, inputs: tuple[Tensor, ...], dout: Tensor, names: list[str]) -> dict[str, Tensor]:
+    torch.manual_seed(SEED)
+    return {"out without grad": provider.infer(inputs)}
 
 
-def _deviation(value: Tensor, want: Tensor) -> float:
+def _differentiated(
+    provider: Provider, inputs: tuple[Tensor, ...], dout: Tensor, names: list[str]
+) -> dict[str, Tensor]:
+    torch.manual_seed(SEED)
+    out = provider.forward(inputs)
+    grads = provider.backward(out, inputs, dout)
+    wanted = [name for name in names if not name.startswith("out")]
+    return {"out": out.detach(), **dict(zip(wanted, grads, strict=True))}
+
+
+@contextlib.contextmanager
+def answers(provider: Provider) -> Iterator[None]:
+    """Turn what a peer raises, and the warnings in which it gives its reasons, into Refused."""
+    if not provider.peer:
+        yield
+        return
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            yield
+        except WrongResult:
+            raise
+        except (RuntimeError, ValueError) as error:  # others are mistakes of ours
+            root: BaseException = error
+            while root.__cause__ is not None:  # torch.compile wraps what it meets
+                root = root.__cause__
+            said = [str(warning.message).partition(" (Triggered internally")[0].strip() for warning in caught]
+            reasons = [text for text in said if not text.endswith(("runtime disabled.", "not used because:"))]
+            words = "; ".join([*dict.fromkeys(reasons), f"{type(root).__name__}: {root}"])
+            raise Refused(f"{provider.name}: {' '.join(words.split())[:400]}") from error
+
+
+def _error(provider: str, name: str, value: Tensor, want: Tensor, dtype: torch.dtype) -> float:
+    if value.shape != want.shape or value.dtype != dtype:
+        raise WrongResult(f"{provider}: {name} is {value.dtype} {tuple(value.shape)}")
     parts = zip(value.split(32), want.split(32), strict=True)
     return max((part.double() - wanted).abs().max().nan_to_num(torch.inf).item() for part, wanted in parts)
 
@@ -356,27 +367,6 @@ def rounds_within(works: dict[str, Work], clock: Callable[[Callable, Callable], 
     return max(5, min(25, int(2 * budget / (time.perf_counter() - start))))
 
 
-class Replay:
-    """A clock for pytest-benchmark that replays seconds measured before, interleaved with other providers'.
-
-    Pass ``now`` as its timer and ``step`` as what it times.
-    """
-
-    def __init__(self) -> None:
-        self._now = 0.0
-        self._seconds: list[float] = []
-
-    def load(self, seconds: list[float]) -> None:
-        self._seconds = list(seconds)
-
-    def now(self) -> float:
-        return self._now
-
-    def step(self) -> None:
-        if self._seconds:
-            self._now += self._seconds.pop(0)
-
-
 def copy_bandwidth() -> float:
     """Bytes a second that a large copy on the device moves, read and written ones counted."""
     size = min(COPY_BYTES, torch.cuda.get_device_properties(0).total_memory // 8)
@@ -384,40 +374,6 @@ def copy_bandwidth() -> float:
     target = torch.empty_like(source)
     seconds = interleaved({"copy": (lambda: None, lambda _: target.copy_(source))}, CudaClock(), rounds=20, warmup=5)
     return 2 * size / statistics.median(seconds["copy"])
-
-
-def minimal_bytes(case: Case, which: str) -> int:
-    """The fewest bytes a pass must move through memory: x, dout, out and dx once each."""
-    plane = case.size // case.shape[1]
-    if case.output == "map":
-        return {"forward": 1, "backward": 1, "training": 2}[which] * (case.size + plane)
-    return {"forward": 2, "backward": 3, "training": 5}[which] * case.size
-
-
-def kernel_bytes(case: Case, which: str, launches: int = 2) -> int:
-    """The bytes that attnk's kernels move in a pass: the formula in their file.
-
-    Args:
-        case: the input.
-        which: "forward" (nothing kept), "backward" or "training".
-        launches: 1 counts x and dout as read once by a launch that reads them twice.
-    """
-    batch, _, height, width = case.shape
-    pixels = batch * height * width
-    frame = KERNEL_SIZE - 1
-    framed = batch * (height + frame) * (width + frame)
-    size, map_size = case.size, pixels * DTYPES[case.dtype].itemsize
-    if case.output == "map":
-        forward, kept = size + 16 * framed + map_size, 8 * pixels
-        backward = map_size + 4 * pixels + 4 * framed + size + 4 * framed + 4 * pixels
-    elif launches == 2:
-        forward, kept = 3 * size + 16 * framed, 4 * pixels
-        backward = 4 * size + 8 * framed + 20 * pixels
-    else:
-        forward, kept = 2 * size + 16 * framed, 4 * pixels
-        backward = 3 * size + 8 * framed + 16 * pixels
-    backward += 12 * framed
-    return {"forward": forward, "backward": backward, "training": forward + kept + backward}[which]
 
 
 # Results
@@ -507,15 +463,16 @@ def conditions() -> dict[str, Any]:
 
 
 def write_results(path: Path, records: list[dict[str, Any]], **more: Any) -> None:
-    """Write a results file: the conditions and ``more``, then a table for each group of records, a row a line."""
+    """Write a results file: the conditions and ``more``, then a table for each operation and group, a row a line."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for fields in records:
-        groups.setdefault(fields["group"], []).append(fields)
+        key = f"{fields['op']}/{fields['group']}" if "op" in fields else fields["group"]
+        groups.setdefault(key, []).append(fields)
     tables = []
-    for group, members in groups.items():
-        columns = list(dict.fromkeys(name for fields in members for name in fields if name != "group"))
+    for key, members in groups.items():
+        columns = [name for name in dict.fromkeys(itertools.chain(*members)) if name not in ("op", "group")]
         rows = ",\n".join(f"    {json.dumps([fields.get(name) for name in columns])}" for fields in members)
-        tables.append(f'  {json.dumps(group)}: {{"columns": {json.dumps(columns)}, "rows": [\n{rows}\n  ]}}')
+        tables.append(f'  {json.dumps(key)}: {{"columns": {json.dumps(columns)}, "rows": [\n{rows}\n  ]}}')
     head = json.dumps({"conditions": {**conditions(), **more}}, indent=2).removesuffix("\n}")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(",\n".join([head, *tables]) + "\n}\n")
@@ -525,12 +482,19 @@ def read_results(path: Path) -> dict[str, Any]:
     """What ``write_results`` wrote: "conditions", and "records" as they were."""
     groups = json.loads(path.read_text())
     found = groups.pop("conditions")
-    records = [
-        {
-            "group": group,
-            **{name: value for name, value in zip(table["columns"], row, strict=True) if value is not None},
-        }
-        for group, table in groups.items()
-        for row in table["rows"]
-    ]
+    records = []
+    for key, table in groups.items():
+        op, _, group = key.rpartition("/")
+        head = {"group": group, "op": op} if op else {"group": group}
+        for row in table["rows"]:
+            values = zip(table["columns"], row, strict=True)
+            records.append(head | {name: value for name, value in values if value is not None})
     return {"conditions": found, "records": records}
+
+
+def by_operation(records: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Records of each operation; those that name none are of the first one there was."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for fields in records:
+        found.setdefault(fields.get("op", FIRST_OP), []).append(fields)
+    return found

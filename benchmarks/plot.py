@@ -1,4 +1,4 @@
-"""Turn a results file into one picture: times as fast as the tutorials' code, and on a GPU the share of its bandwidth.
+"""Turn a results file into pictures, one for each operation in it.
 
 python benchmarks/plot.py benchmarks/results/cpu/results.json
 """
@@ -14,103 +14,100 @@ import shapes
 COLOURS = {
     "tutorial": "#b5b5b5",
     "torch.compile": "#e8a33d",
+    "sdpa": "#5a9e6f",
+    "sdpa cudnn": "#1f6b3a",
+    "sdpa flash": "#5a9e6f",
+    "sdpa efficient": "#8fc49f",
+    "sdpa math": "#cfe5d5",
+    "flex_attention": "#a05fb4",
     "attnk": "#2a6fbb",
     "attnk, two launches": "#2a6fbb",
     "attnk, one launch": "#123a63",
 }
-LIGHT = ("tutorial", "torch.compile")  # what dark letters are read on
-PASS_TITLES = {"forward": "inference", "training": "forward + backward"}
-OUTPUT_TITLES = {"gated": "returns x * gate", "map": "returns the gate"}
+LIGHT = ("tutorial", "torch.compile", "sdpa efficient", "sdpa math")  # what dark letters are read on
+TIMES = "times as fast as\nthe tutorials' code"
+MANY = 5  # bars in a group whose numbers must stand upright
+
+# What an operation's ``panels(records)`` gives, in rows. Bars have records, a title, "label" (of a record, below its
+# bars), "section" (of a record, a name below several labels), and may have "value", the column that is drawn instead
+# of times_tutorial, its "ylabel", and a "scale", which panels of one axis range share. Lines have "x" (of a record) and
+# "xlabel" instead; what is drawn is memory.
+Panel = dict[str, Any]
 
 
 def main() -> None:
-    """Draw the picture next to the results, under their name."""
+    """Draw the pictures next to the results, under their name."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("results", type=Path)
     parser.add_argument("--out", type=Path, help="PNG; beside the results by default")
     options = parser.parse_args()
-    print(draw(options.results, options.out or options.results.with_suffix(".png")))
+    for png in draw(options.results, options.out or options.results.with_suffix(".png")):
+        print(png)
 
 
-def draw(results: Path, png: Path) -> Path:
-    """Draw the timed records of a results file.
+def draw(results: Path, png: Path) -> list[Path]:
+    """Draw the records of a results file.
 
     Args:
         results: a file that ``harness.write_results`` wrote.
-        png: where the picture goes.
+        png: where the picture goes; where the file holds several operations, each one's name is put behind this.
 
     Returns:
-        png.
+        The pictures.
 
     Raises:
         ValueError: no record is a time.
     """
     found = harness.read_results(results)
-    group = "gpu" if any(record["group"] == "gpu" for record in found["records"]) else "cpu"
-    records = [record for record in found["records"] if record["group"] == group]
-    if not records:
-        raise ValueError(f"{results} holds no times")
-    panels = _panels(records, group)
-    if not panels:
+    drawn = {}
+    for op, records in harness.by_operation(found["records"]).items():
+        grid = [row for row in harness.cases_of(op).panels(records) if all(panel["records"] for panel in row)]
+        if grid:
+            drawn[op] = grid
+    if not drawn:
         raise ValueError(f"{results} holds the times of no pass in full")
-    return _draw_panels(panels, found["conditions"], group, png)
+    if len(drawn) == 1:
+        return [_draw_panels(op, grid, found["conditions"], png) for op, grid in drawn.items()]
+    paths = {op: png.with_name(f"{png.stem}_{op}{png.suffix}") for op in drawn}
+    return [_draw_panels(op, grid, found["conditions"], paths[op]) for op, grid in drawn.items()]
 
 
-Panel = dict[str, Any]
-
-
-def _panels(records: list[dict[str, Any]], group: str) -> list[list[Panel]]:
-    """Rows of panels: on the CPU an output each, with a panel a pass; on a GPU one panel for a layout and pass."""
-    if group == "cpu":
-        wanted = [[{"output": output, "pass": which} for which in PASS_TITLES] for output in OUTPUT_TITLES]
-    else:
-        gated = {"output": "gated", "dtype": records[0]["dtype"]}
-        layouts = ("contiguous", "channels_last")
-        wanted = [[{**gated, "pass": which, "layout": layout}] for layout in layouts for which in PASS_TITLES]
-    grid = []
-    for row in wanted:
-        panels = [
-            {
-                "title": ", ".join(
-                    [
-                        PASS_TITLES[keys["pass"]],
-                        OUTPUT_TITLES[keys["output"]],
-                        *([keys["layout"]] if "layout" in keys else []),
-                    ]
-                ),
-                "records": [record for record in records if keys.items() <= record.items()],
-            }
-            for keys in row
-        ]
-        if all(panel["records"] for panel in panels):
-            grid.append(panels)
-    return grid
-
-
-def _draw_panels(grid: list[list[Panel]], conditions: dict[str, Any], group: str, png: Path) -> Path:
+def _draw_panels(op: str, grid: list[list[Panel]], conditions: dict[str, Any], png: Path) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from PIL import Image
 
-    n_groups = max(len(_groups(panel["records"])) for row in grid for panel in row)
-    width = max(11.5, len(grid[0]) * 0.78 * n_groups)
-    height = 3.1 * len(grid) + 1.3
+    cases = harness.cases_of(op)
+    width = max(11.5, *(len(row) * _width(panel) for row in grid for panel in row))
+    caption = _caption(cases.CAPTION, conditions, grid)
+    height = 3.1 * len(grid) + 0.75 + 0.18 * len(caption.splitlines())
     figure = Figure(figsize=(width, height), facecolor="white")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(grid), len(grid[0]), squeeze=False)
-    highest = max(record["times_tutorial"] for row in grid for panel in row for record in panel["records"])
+    highest: dict[str, float] = {}
+    for panel in (panel for row in grid for panel in row if "x" not in panel):
+        values = [record[panel.get("value", "times_tutorial")] for record in panel["records"]]
+        scale = panel.get("scale", "")
+        highest[scale] = max(highest.get(scale, 0), *values)
     handles: dict[str, Any] = {}
     for row, axes_row in zip(grid, axes, strict=True):
         for panel, axis in zip(row, axes_row, strict=True):
-            handles |= _draw_panel(axis, panel, highest, percent=group == "gpu")
-        axes_row[0].set_ylabel("times as fast as\nthe tutorials' code", fontsize=10)
-    figure.text(0.012, 1 - 0.14 / height, "Spatial gate, 7 x 7 convolution", ha="left", va="top", fontsize=15,
-                weight="bold")  # fmt: skip
+            if "x" in panel:
+                _draw_lines(axis, panel)
+            else:
+                handles |= _draw_bars(axis, panel, highest[panel.get("scale", "")])
+            axis.set_title(panel["title"], fontsize=11.5, loc="left")
+            for side in ("top", "right"):
+                axis.spines[side].set_visible(False)
+        axes_row[0].set_ylabel(row[0].get("ylabel", "MiB" if "x" in row[0] else TIMES), fontsize=10)
+    handles = {name: handles[name] for name in COLOURS if name in handles}
+    figure.text(0.012, 1 - 0.14 / height, cases.TITLE, ha="left", va="top", fontsize=15, weight="bold")
     figure.legend(handles.values(), handles.keys(), loc="upper right", bbox_to_anchor=(0.995, 1 - 0.04 / height),
-                  ncol=4, frameon=False, fontsize=11)  # fmt: skip
-    figure.text(0.012, 0.12 / height, _caption(conditions, grid, group), ha="left", va="bottom", fontsize=9.5,
-                color="0.3", linespacing=1.4)  # fmt: skip
-    figure.tight_layout(rect=(0, 0.8 / height, 1, 1 - 0.5 / height), h_pad=1.2, w_pad=1.5)
+                  ncol=len(handles), frameon=False, fontsize=11)  # fmt: skip
+    figure.text(0.012, 0.12 / height, caption, ha="left", va="bottom", fontsize=9.5, color="0.3",
+                linespacing=1.4)  # fmt: skip
+    below = 0.26 + 0.18 * len(caption.splitlines())
+    figure.tight_layout(rect=(0, below / height, 1, 1 - 0.5 / height), h_pad=1.2, w_pad=1.5)
     png.parent.mkdir(parents=True, exist_ok=True)
     picture = io.BytesIO()
     figure.savefig(picture, dpi=100)
@@ -118,72 +115,107 @@ def _draw_panels(grid: list[list[Panel]], conditions: dict[str, Any], group: str
     return png
 
 
-def _groups(records: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    return list(dict.fromkeys((record["shape"], record["layout"]) for record in records))
+def _width(panel: Panel) -> float:
+    """Inches that a panel needs for its bars."""
+    if "x" in panel:
+        return 0.0
+    places = dict.fromkeys(_place(panel, record) for record in panel["records"])
+    bars = len({record["provider"] for record in panel["records"]})
+    return len(places) * (0.36 + (0.14 if bars < MANY else 0.1) * bars)
 
 
-def _draw_panel(axis: Any, panel: Panel, highest: float, percent: bool) -> dict[str, Any]:
+def _place(panel: Panel, record: dict[str, Any]) -> tuple[str, str]:
+    return panel["label"](record), panel["section"](record)
+
+
+def _draw_bars(axis: Any, panel: Panel, highest: float) -> dict[str, Any]:
     records = panel["records"]
-    groups = _groups(records)
+    value = panel.get("value", "times_tutorial")
+    percent = any("percent_of_copy" in record for record in records)
+    groups = list(dict.fromkeys(_place(panel, record) for record in records))
     names = [name for name in COLOURS if any(record["provider"] == name for record in records)]
-    by_key = {(record["shape"], record["layout"], record["provider"]): record for record in records}
+    by_key = {(_place(panel, record), record["provider"]): record for record in records}
     bar = 0.84 / len(names)
     handles = {}
-    for place, (shape, layout) in enumerate(groups):
-        present = [name for name in names if (shape, layout, name) in by_key]
+    for place, group in enumerate(groups):
+        present = [name for name in names if (group, name) in by_key]
         start = place - bar * (len(present) - 1) / 2
         for position, name in enumerate(present):
-            record = by_key[shape, layout, name]
-            ratio, centre = record["times_tutorial"], start + position * bar
-            handles[name] = axis.bar(centre, ratio, 0.92 * bar, color=COLOURS[name], zorder=2)
-            if name != "tutorial":
-                axis.text(centre, ratio + 0.015 * highest, f"{ratio:.1f}", ha="center", va="bottom",
-                          fontsize=7.5 if percent else 9)  # fmt: skip
-            if percent:
+            record = by_key[group, name]
+            height, centre = record[value], start + position * bar
+            handles[name] = axis.bar(centre, height, 0.92 * bar, color=COLOURS[name], zorder=2)
+            if name != "tutorial" or value != "times_tutorial":
+                text = f"{height:.1f}" if highest < 100 else f"{height:.0f}"
+                axis.text(centre, height + 0.015 * highest, text, ha="center", va="bottom",
+                          rotation=0 if len(names) < MANY else 90, fontsize=7.5 if percent else 9)  # fmt: skip
+            if percent and height > 0.15 * highest:
                 axis.text(centre, 0.03 * highest, f"{record['percent_of_copy']:.0f}%", ha="center", va="bottom",
                           rotation=90, fontsize=7, color="black" if name in LIGHT else "white")  # fmt: skip
-    axis.axhline(1, color="0.55", linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
-    axis.set_title(panel["title"], fontsize=11.5, loc="left")
-    axis.set_ylim(0, 1.1 * highest)
+    if value == "times_tutorial":
+        axis.axhline(1, color="0.55", linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
+    axis.set_ylim(0, (1.1 if len(names) < MANY else 1.2) * highest)
     axis.set_xlim(-0.6, len(groups) - 0.4)
-    axis.set_xticks(range(len(groups)), [_tick_label(shape) for shape, _ in groups], fontsize=8.5)
-    layouts = list(dict.fromkeys(layout for _, layout in groups))
-    if len(layouts) > 1:
-        for layout in layouts:
-            places = [place for place, (_, other) in enumerate(groups) if other == layout]
-            axis.text(sum(places) / len(places), -0.17, layout, transform=axis.get_xaxis_transform(), ha="center",
+    axis.set_xticks(range(len(groups)), [label for label, _ in groups], fontsize=8.5)
+    sections = list(dict.fromkeys(section for _, section in groups))
+    if len(sections) > 1:
+        below = -0.06 - 0.055 * max(label.count("\n") + 1 for label, _ in groups)
+        for section in sections:
+            places = [place for place, (_, other) in enumerate(groups) if other == section]
+            axis.text(sum(places) / len(places), below, section, transform=axis.get_xaxis_transform(), ha="center",
                       va="top", fontsize=9.5, weight="bold", color="0.3")  # fmt: skip
             if places[0]:
                 axis.axvline(places[0] - 0.5, color="0.8", linewidth=0.8, zorder=0)
     axis.tick_params(axis="x", length=0)
     axis.grid(axis="y", color="0.92", zorder=0)
     axis.set_axisbelow(True)
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)
     return handles
 
 
-def _tick_label(shape: str) -> str:
-    batch, channels, height, width = shape.split("x")
-    return f"{batch} x {channels}\n{height} x {width}"
+def _draw_lines(axis: Any, panel: Panel) -> None:
+    """Memory over a size, both axes logarithmic; every line has its name at its end."""
+    ticks = sorted({panel["x"](record) for record in panel["records"]})
+    ends: dict[int, list[tuple[float, str]]] = {}
+    for name in COLOURS:
+        points = sorted(
+            (panel["x"](record), record["peak_mib"]) for record in panel["records"] if record["provider"] == name
+        )
+        if points:
+            axis.plot(*zip(*points, strict=True), color=COLOURS[name], marker="o", markersize=4, linewidth=1.8)
+            ends.setdefault(points[-1][0], []).append((points[-1][1], name))
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.set_xlim(ticks[0] / 1.15, ticks[-1] * 1.9)
+    axis.set_xticks(ticks, [str(tick) for tick in ticks], fontsize=8.5)
+    axis.set_xlabel(panel["xlabel"], fontsize=9.5)
+    low, high = axis.get_ylim()
+    gap = (high / low) ** 0.07  # that letters need
+    for x, members in ends.items():
+        previous = 0.0
+        for y, name in sorted(members):
+            previous = max(y, previous * gap)
+            axis.annotate(f"{name}, {y:,.0f}", (x, previous), xytext=(7, 0), textcoords="offset points", va="center",
+                          fontsize=9, color="0.25" if name == "tutorial" else COLOURS[name])  # fmt: skip
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.grid(color="0.92", zorder=0)
+    axis.set_axisbelow(True)
+    axis.minorticks_off()
 
 
-def _caption(conditions: dict[str, Any], grid: list[list[Panel]], group: str) -> str:
+def _caption(words: str, conditions: dict[str, Any], grid: list[list[Panel]]) -> str:
     records = [record for row in grid for panel in row for record in panel["records"]]
-    rounds = [record["rounds"] for record in records]
+    timed = [record for record in records if "rounds" in record]
+    on_gpu = any(record["group"] == "gpu" for record in timed)
     dtypes = "/".join(dict.fromkeys(record["dtype"] for record in records))
-    where = f", {shapes.CPU_THREADS} threads" if group == "cpu" else ""
-    percent = (
-        " In the bars: percent of a copy's bandwidth, at the fewest bytes the pass could move."
-        if group == "gpu"
-        else ""
-    )
-    return (
-        f"{conditions['device']}{where}, {dtypes}, torch {conditions['torch']}, {conditions['date']}. Below the bars: "
-        f"batch x channels, height x width.{percent}\nMedians of at least {min(rounds)} rounds; in each "
-        "round all took their turn. Each had to compute the right values and gradients first.\n"
-        "tutorial: mean, max, cat, conv2d, sigmoid in eager PyTorch, and the multiplication where there is one."
-    )
+    where = "" if on_gpu else f", {shapes.CPU_THREADS} threads"
+    lines = [f"{conditions['device']}{where}, {dtypes}, torch {conditions['torch']}, {conditions['date']}. "]
+    if timed:
+        lines[0] += (
+            f"Medians of at least {min(record['rounds'] for record in timed)} rounds; in each round all took their "
+            "turn.\nEach had to compute the right values and gradients first."
+        )
+    if on_gpu:
+        lines.append("In the bars: percent of a copy's bandwidth, at the fewest bytes the pass could move.")
+    return "\n".join([*lines, words])
 
 
 if __name__ == "__main__":

@@ -85,3 +85,97 @@ def spatial_gate_config(arch: str, *, itemsize: int, pixels: int, channels_last:
         if row.channels_last == channels_last and itemsize <= row.itemsize and pixels >= row.min_pixels:
             return row.config
     raise LookupError(f"no row of SPATIAL_GATE_TABLE[{arch!r}] fits: {itemsize=} {pixels=} {channels_last=}")
+
+
+# Softmax attention's bias gradient: programs that share the sum over batch and heads, until there are this many.
+DBIAS_PROGRAMS = 1024  # untuned
+DBIAS_SCRATCH_BYTES = 64 * 2**20  # of logit gradients at once, on their way into a bias table
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How one kernel of softmax attention is cut up.
+
+    Attributes:
+        block_m: queries a program or a step.
+        block_n: keys a step or a program.
+        num_warps: warps a program.
+        num_stages: steps whose loads are in flight at once.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class SoftmaxAttentionConfig:
+    """Softmax attention's kernels: the forward, and the backward's for dq, for dk and dv, and for the bias."""
+
+    forward: Tile
+    dq: Tile
+    dkv: Tile
+    dbias: Tile
+
+
+@dataclass(frozen=True)
+class SoftmaxAttentionRow:
+    """One row: the calls it fits, and their configuration.
+
+    Attributes:
+        itemsize: bytes an element, at most.
+        head_dim: of q and k or of v, whichever is larger, at most.
+        extras: whether it fits calls with a bias, bias table, mask or dropout; without them, any row fits.
+        config: the configuration.
+    """
+
+    itemsize: int
+    head_dim: int
+    extras: bool
+    config: SoftmaxAttentionConfig
+
+
+SOFTMAX_ATTENTION_TABLE: dict[str, tuple[SoftmaxAttentionRow, ...]] = {
+    "default": (
+        SoftmaxAttentionRow(8, 256, True, SoftmaxAttentionConfig(
+            forward=Tile(32, 32, 4, 1), dq=Tile(32, 32, 4, 1), dkv=Tile(32, 32, 4, 1), dbias=Tile(32, 32, 4, 1),
+        )),  # untuned
+    ),
+}  # fmt: skip
+
+
+def softmax_attention_config(arch: str, *, itemsize: int, head_dim: int, extras: bool) -> SoftmaxAttentionConfig:
+    """The configuration of one call: the first row that fits, of the architecture's and then of the default ones."""
+    for row in (*SOFTMAX_ATTENTION_TABLE.get(arch, ()), *SOFTMAX_ATTENTION_TABLE["default"]):
+        if itemsize <= row.itemsize and head_dim <= row.head_dim and row.extras >= extras:
+            return row.config
+    raise LookupError(f"no row of SOFTMAX_ATTENTION_TABLE[{arch!r}] fits: {itemsize=} {head_dim=} {extras=}")
+
+
+@dataclass(frozen=True)
+class SdpaRow:
+    """Calls without extras that PyTorch's own attention does faster, so that "auto" hands them over.
+
+    Attributes:
+        itemsize: bytes an element, at most.
+        head_dim: at least.
+        tokens: queries and keys, at least.
+        source: the results file that shows it.
+    """
+
+    itemsize: int
+    head_dim: int
+    tokens: int
+    source: str
+
+
+SDPA_TABLE: dict[str, tuple[SdpaRow, ...]] = {}  # a row needs a results file, and no device has been measured yet
+
+
+def sdpa_is_faster(arch: str, *, itemsize: int, head_dim: int, tokens: int) -> str | None:
+    """The results file that shows PyTorch's own attention to be faster for a call without extras, or None."""
+    for row in SDPA_TABLE.get(arch, ()):
+        if itemsize <= row.itemsize and head_dim >= row.head_dim and tokens >= row.tokens:
+            return row.source
+    return None

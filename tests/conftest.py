@@ -1,9 +1,13 @@
 """Shared by all tests: the interpreter where there is no GPU, poisoned allocations, and the marker ``gpu``."""
 
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # for helpers: the folder is not a package
 
 HAS_GPU = torch.cuda.is_available()
 # before any kernel is imported; TRITON_INTERPRET=0 keeps the compiler, which tests/test_aot.py needs
@@ -35,6 +39,13 @@ def full_precision(monkeypatch: pytest.MonkeyPatch):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture

@@ -1,15 +1,19 @@
 """The benchmarks run, count what is plausible, and refuse to time what is wrong."""
 
 import dataclasses
+import importlib
+import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
+OPS = ("spatial_gate", "softmax_attention")
 
 
 @pytest.fixture(autouse=True)
@@ -21,9 +25,17 @@ def poison():
 def harness(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import harness
+    return importlib.import_module("harness")
 
-    return harness
+
+@pytest.fixture
+def gate(harness):
+    return importlib.import_module("spatial_gate_cases")
+
+
+@pytest.fixture
+def attention(harness):
+    return importlib.import_module("softmax_attention_cases")
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +57,7 @@ def quick_run(tmp_path_factory):
         name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "PYTEST_ADDOPTS")
     }
     environment = {name: value for name, value in environment.items() if not name.startswith("PYTEST_XDIST")}
-    chosen = "io or memory or overhead or cpu"
+    chosen = "test_io or test_memory or test_overhead or test_cpu"
     done = subprocess.run(
         [*command, "-k", chosen, "--results", str(path)], cwd=ROOT, env=environment, capture_output=True, text=True
     )
@@ -53,11 +65,15 @@ def quick_run(tmp_path_factory):
     return path, done.stdout
 
 
-def test_io_table_is_plausible(quick_run, harness):
-    pytest.importorskip("triton")
+def records_of(harness, path, op, group):
+    records = harness.by_operation(harness.read_results(path)["records"])[op]
+    return [record for record in records if record["group"] == group]
+
+
+def test_io_table_of_the_spatial_gate_is_plausible(quick_run, harness):
     path, output = quick_run
-    assert "io, counted" in output
-    records = [record for record in harness.read_results(path)["records"] if record["group"] == "io"]
+    assert "spatial_gate: io, counted" in output
+    records = records_of(harness, path, "spatial_gate", "io")
     found = {(record["output"], record["provider"]): (record["forward_S"], record["backward_S"]) for record in records}
     # beside whole multiples of S there is what pixels and frame cost: under 1 S at this tiny shape
     whole = {
@@ -73,32 +89,108 @@ def test_io_table_is_plausible(quick_run, harness):
             assert least < number < least + 1, (key, found[key])
 
 
-def test_every_group_reports(quick_run, harness):
+def test_io_table_of_softmax_attention_is_plausible(quick_run, harness):
+    path, output = quick_run
+    assert "softmax_attention: io, counted" in output
+    records = records_of(harness, path, "softmax_attention", "io")
+    found = {(record.get("extra", ""), record["provider"]): record["forward_S"] for record in records}
+    weights = 25 / 16  # keys a number of q
+    # q, k and v copied for the matrix products, those, the division and the softmax; a sum with the bias besides
+    assert found["", "tutorial"] == pytest.approx(10 + 6 * weights, abs=1e-3)
+    assert found["bias", "tutorial"] == pytest.approx(10 + 6 * weights + 2.5 * weights, abs=1e-3)
+    assert found["", "attnk"] == 4
+    assert found["bias", "attnk"] == pytest.approx(4 + weights / 2, abs=1e-3)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_group_reports(quick_run, harness, op):
     path, output = quick_run
     results = harness.read_results(path)
-    groups = {record["group"] for record in results["records"]}
-    assert groups >= {"io", "memory", "overhead", "cpu"}
+    records = harness.by_operation(results["records"])[op]
+    assert {record["group"] for record in records} >= {"io", "memory", "overhead", "cpu"}
     assert results["conditions"]["torch"] == torch.__version__
-    cpu = [record for record in results["records"] if record["group"] == "cpu"]
+    cpu = [record for record in records if record["group"] == "cpu"]
     assert all(record["median_us"] > 0 and record["times_tutorial"] > 0 for record in cpu)
     assert {record["times_tutorial"] for record in cpu if record["provider"] == "tutorial"} == {1}
+    assert {"tutorial", "attnk"} <= {record["provider"] for record in cpu}
     for group in ("io", "memory"):
         assert f"'{group}/" in output, "a counted group must not share pytest-benchmark's table with a measured one"
 
 
-def test_picture(quick_run, harness, tmp_path):
-    pytest.importorskip("matplotlib")
-    import plot
+def test_every_kind_of_attention_is_timed(quick_run, harness):
+    records = records_of(harness, quick_run[0], "softmax_attention", "cpu")
+    found = {(record["case"], record.get("extra", ""), record["pass"]) for record in records}
+    for name, dropout in (("quick", "dropout"), ("SelfAttention", "dropout 0.1")):
+        assert {(name, "", "forward"), (name, "", "training"), (name, dropout, "training")} <= found
+        assert (name, dropout, "forward") not in found, "dropout is of training"
+    assert {("quick", "bias", "training"), ("quick", "table", "training")} <= found
 
-    png = plot.draw(quick_run[0], tmp_path / "results.png")
-    assert png.read_bytes().startswith(b"\x89PNG")
+
+def test_pictures(quick_run, harness, tmp_path):
+    pytest.importorskip("matplotlib")
+    plot = importlib.import_module("plot")
+
+    drawn = plot.draw(quick_run[0], tmp_path / "results.png")
+    assert {png.name for png in drawn} == {f"results_{op}.png" for op in OPS}
+    for png in drawn:
+        assert png.read_bytes().startswith(b"\x89PNG")
+
+
+def test_results_that_name_no_operation_are_still_drawn(harness, tmp_path):
+    pytest.importorskip("matplotlib")
+    plot = importlib.import_module("plot")
+    columns = ["output", "shape", "dtype", "layout", "pass", "provider", "median_us", "rounds", "times_tutorial"]
+    rows = [
+        [output, "8x64x9x9", "fp32", "contiguous", which, provider, 1.5, 25, 1.0]
+        for output in ("gated", "map")
+        for which in ("forward", "training")
+        for provider in ("tutorial", "attnk")
+    ]
+    conditions = {"device": "a CPU", "torch": "2.13", "date": "2026-11-20"}
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({"conditions": conditions, "cpu": {"columns": columns, "rows": rows}}))
+    assert len(harness.read_results(path)["records"]) == 8
+    assert plot.draw(path, tmp_path / "one.png") == [tmp_path / "one.png"]
+
+
+# Correctness
 
 
 @pytest.mark.parametrize("output", ["map", "gated"])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_right_providers_pass(harness, output, channels_last):
-    case = harness.Case((2, 8, 9, 7), output, channels_last=channels_last)
-    harness.check(harness.providers(case, compiled=False), *case.inputs())
+def test_right_gates_pass(harness, gate, output, channels_last):
+    case = gate.SpatialGateCase((2, 8, 9, 7), output, channels_last=channels_last)
+    harness.check(case, case.providers(compiled=False), *case.inputs())
+
+
+def attention_cases(attention):
+    sizes = {"": (16, 16), "bias": (9, 5), "table": (16, 16), "dropout": (20, 150)}
+    return {
+        **{extra: attention.AttentionCase("test", 2, 2, *sizes[extra], 8, extra) for extra in sizes},
+        "module": attention.SelfAttentionCase((2, 20, 32)),
+        "module, dropout": attention.SelfAttentionCase((2, 20, 32), 0.1),
+    }
+
+
+@pytest.mark.parametrize("kind", ["", "bias", "table", "dropout", "module", "module, dropout"])
+def test_right_attentions_pass(harness, attention, kind):
+    case = attention_cases(attention)[kind]
+    harness.check(case, case.providers(compiled=False), *case.inputs())
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_right_attention_passes_in_16_bits(harness, attention, dtype):
+    for extra in ("bias", "dropout"):
+        case = attention.AttentionCase("test", 2, 2, 20, 33, 8, extra, dtype)
+        found = case.providers(compiled=False)
+        harness.check(case, {name: found[name] for name in ("tutorial", "sdpa")}, *case.inputs())
+
+
+def spoiled(found, spoil):
+    """The providers with one of attnk that computes something else."""
+    call = found["attnk"].call
+    found["attnk"] = dataclasses.replace(found["attnk"], call=lambda *inputs: spoil(call, *inputs))
+    return found
 
 
 @pytest.mark.parametrize(
@@ -111,13 +203,142 @@ def test_right_providers_pass(harness, output, channels_last):
         ("dx", lambda module, x: module(x) + 1e-3 * (x - x.detach())),
     ],
 )
-def test_a_wrong_provider_is_refused(harness, name, spoil):
-    case = harness.Case((2, 8, 9, 7), "gated")
-    found = harness.providers(case, compiled=False)
-    module = found["attnk"].module
-    found["attnk"] = dataclasses.replace(found["attnk"], module=lambda x: spoil(module, x))
+def test_a_wrong_gate_is_refused(harness, gate, name, spoil):
+    case = gate.SpatialGateCase((2, 8, 9, 7), "gated")
+    found = spoiled(case.providers(compiled=False), spoil)
     with pytest.raises(harness.WrongResult, match=f"attnk: .*{name}"):
-        harness.check(found, *case.inputs())
+        harness.check(case, found, *case.inputs())
+
+
+def other_mask_in_backward(call, *inputs):
+    """Values of one draw, gradients of another."""
+    out, other = call(*inputs), call(*inputs)
+    return out.detach() + other - other.detach()
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "spoil"),
+    [
+        ("", "out", lambda call, q, k, v: call(q * (1 + 1e-3), k, v)),
+        ("", "dk", lambda call, q, k, v: call(q, k.detach(), v) + 0 * k.sum()),
+        ("bias", "dbias", lambda call, q, k, v, bias: call(q, k, v, bias + 1e-3 * (bias - bias.detach()))),
+        ("table", "dtable", lambda call, q, k, v, table: call(q, k, v, table.detach()) + 0 * table.sum()),
+        ("dropout", "output", lambda call, q, k, v: call(q, k, 2 * v)),
+        ("dropout", "keeps", lambda call, q, k, v: torch.nn.functional.scaled_dot_product_attention(q, k, 0.9 * v)),
+        ("dropout", "d[qkv]", other_mask_in_backward),
+        ("module", "dx", lambda call, x: call(x) + 1e-3 * (x - x.detach())),
+        ("module, dropout", "d", other_mask_in_backward),
+    ],
+)
+def test_a_wrong_attention_is_refused(harness, attention, kind, name, spoil):
+    case = attention_cases(attention)[kind]
+    found = spoiled(case.providers(compiled=False), spoil)
+    with pytest.raises(harness.WrongResult, match=f"attnk: .*{name}"):
+        harness.check(case, found, *case.inputs())
+
+
+def test_a_wrong_provider_leaves_the_others(harness, attention):
+    case = attention_cases(attention)[""]
+    found = spoiled(case.providers(compiled=False), lambda call, q, k, v: call(q, k, v) + 1e-3 * (q - q.detach()))
+    verdicts = harness.verdicts(case, found, *case.inputs())
+    assert {name: set(failures) for name, failures in verdicts.items()} == {
+        "tutorial": set(),
+        "sdpa": set(),
+        "attnk": {"backward", "training"},
+    }
+
+
+def test_without_a_right_tutorial_nobody_is_timed(harness, attention):
+    case = attention_cases(attention)[""]
+    found = case.providers(compiled=False)
+    found["tutorial"] = dataclasses.replace(found["tutorial"], call=lambda q, k, v: 2 * case.tutorial(q, k, v))
+    verdicts = harness.verdicts(case, found, *case.inputs())
+    assert all(set(failures) == set(harness.PASSES) for failures in verdicts.values())
+
+
+def test_a_peer_may_refuse(harness, attention):
+    case = attention_cases(attention)["bias"]
+    found = case.providers(compiled=False)
+
+    def refuse(q, k, v, bias):
+        if torch.is_grad_enabled():
+            warnings.warn("kernels for a bias not used because:", stacklevel=1)
+            warnings.warn("no gradient for a bias (Triggered internally at attention.cpp:7.)", stacklevel=1)
+            raise RuntimeError("No available kernel")
+        return case.tutorial(q, k, v, bias)
+
+    found["sdpa"] = dataclasses.replace(found["sdpa"], call=refuse)
+    verdicts = harness.verdicts(case, found, *case.inputs())
+    assert set(verdicts["sdpa"]) == {"backward", "training"}
+    assert str(verdicts["sdpa"]["training"]) == "sdpa: no gradient for a bias; RuntimeError: No available kernel"
+    assert not verdicts["attnk"]
+    found["attnk"] = dataclasses.replace(found["attnk"], call=refuse)
+    with pytest.raises(RuntimeError, match="No available kernel") as raised, pytest.warns(UserWarning, match="bias"):
+        harness.verdicts(case, found, *case.inputs())
+    assert not isinstance(raised.value, harness.Refused), "attnk may not refuse"
+
+
+def test_a_refusal_is_reported(harness, attention, monkeypatch):
+    reporting = importlib.import_module("reporting")
+    case = attention_cases(attention)[""]
+
+    def no(*inputs):
+        raise NotImplementedError("not on Fridays")
+
+    def providers(self, compiled):
+        return {
+            "tutorial": harness.Provider("tutorial", self.tutorial),
+            "sdpa": harness.Provider("sdpa", no, peer=True),
+        }
+
+    class Benchmark:
+        def __init__(self):
+            self.extra_info = {}
+
+        def pedantic(self, step, rounds):
+            self.rounds = rounds
+
+    monkeypatch.setattr(attention.AttentionCase, "providers", providers)
+    monkeypatch.setattr(harness, "RECORDS", [])
+    reporting.time_one(Benchmark(), case, "training", "tutorial", False, 0.01)
+    with pytest.raises(pytest.skip.Exception, match="not on Fridays"):
+        reporting.time_one(Benchmark(), case, "training", "sdpa", False, 0.01)
+    timed, refused = harness.RECORDS
+    assert timed["median_us"] > 0
+    assert "median_us" not in refused
+    assert refused["refused"] == "sdpa: NotImplementedError: not on Fridays"
+    lines = importlib.import_module("tables").all_tables(harness.RECORDS)
+    assert any("refused" in line.split() for line in lines)
+    assert "  refused 1 times: sdpa: NotImplementedError: not on Fridays" in lines
+
+
+@pytest.mark.parametrize("backend", ["cudnn", "math"])
+def test_one_backend_of_sdpa_is_forced(harness, attention, backend):
+    if torch.cuda.is_available():
+        pytest.skip("cuDNN may be there")
+    case = attention_cases(attention)[""]
+    with attention.forced_sdpa(backend):
+        if backend == "math":
+            assert case.sdpa(*case.inputs()[0]).shape == (2, 2, 16, 8)
+        else:
+            with pytest.raises(RuntimeError, match="No viable backend"):
+                case.sdpa(*case.inputs()[0])
+
+
+def test_rates_of_attention(attention):
+    case = attention.AttentionCase.named("ViT-B 224", "bias", "bf16", device="cuda")
+    assert case.shape == "256x12x197x64"
+    assert case.flops("forward") == 4 * 256 * 12 * 197 * 197 * 64
+    assert case.flops("backward") == 2.5 * case.flops("forward")
+    tokens, bias = 2 * 256 * 12 * 197 * 64, 2 * 12 * 197 * 197
+    assert case.minimal_bytes("forward") == 4 * tokens + bias
+    assert case.minimal_bytes("training") == 12 * tokens + 3 * bias
+    rates = case.rates("forward", "attnk", 1e-3, 4e12)
+    assert rates["tflops"] == round(case.flops("forward") / 1e9, 1)
+    assert rates["percent_of_copy"] == round((4 * tokens + bias) / 4e7, 1)
+
+
+# Clocks and results
 
 
 def test_providers_take_turns(harness):
@@ -130,12 +351,34 @@ def test_providers_take_turns(harness):
 
 
 def test_results_file_round_trip(harness, tmp_path):
-    records = [{"group": "a", "x": 1}, {"group": "b", "y": [1.5, None]}, {"group": "a", "z": "text"}]
+    records = [
+        {"group": "a", "x": 1},
+        {"group": "b", "y": [1.5, None]},
+        {"group": "a", "z": "text"},
+        {"group": "a", "op": "spatial_gate", "x": 2},
+        {"group": "a", "op": "softmax_attention", "x": 3},
+    ]
     path = tmp_path / "results.json"
     harness.write_results(path, records, complete=True)
     found = harness.read_results(path)
-    assert sorted(found["records"], key=str) == sorted(records, key=str)
+    assert sorted(found["records"], key=str) == sorted([dict(sorted(record.items())) for record in records], key=str)
     assert found["conditions"]["complete"] is True
+    assert {op: len(members) for op, members in harness.by_operation(found["records"]).items()} == {
+        "spatial_gate": 4,
+        "softmax_attention": 1,
+    }
+
+
+# The GPU's commands
+
+
+def test_every_operation_has_cases(harness):
+    assert harness.operations() == list(OPS)
+    for op in OPS:
+        cases = harness.cases_of(op)
+        assert cases.tuned_cases()
+        assert {case.op for case in cases.tuned_cases()} == {op}
+        assert len({str(case) for case in cases.tuned_cases()}) == len(cases.tuned_cases())
 
 
 def test_gpu_command_says_what_it_needs():
@@ -145,3 +388,152 @@ def test_gpu_command_says_what_it_needs():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr == "This needs a GPU, and torch sees none. Without one: make test, make bench.\n"
+
+
+def test_gpu_steps_share_the_time(harness):
+    gpu = importlib.import_module("gpu")
+    ops = list(OPS)
+    everything = gpu.steps([], ops)
+    assert everything == [("tests", ""), *((part, op) for part in ("tune", "bench") for op in ops)]
+    assert gpu.steps(["bench", "softmax_attention"], ops) == [("bench", "softmax_attention")]
+    assert gpu.steps(["softmax_attention"], ops) == [("tests", ""), ("tune", ops[1]), ("bench", ops[1])]
+    assert gpu.share([("bench", ops[1])], 500) == 500
+    left, total = 480.0, 0.0
+    for position in range(len(everything)):
+        seconds = gpu.share(everything[position:], left - total)
+        assert seconds > 50
+        total += seconds
+    assert total == pytest.approx(480)
+    assert gpu.share(everything, -1) == 0
+    names = [gpu.path_of(Path("results"), step).name for step in everything]
+    assert names[0] == "tests.json"
+    assert names[-1] == "softmax_attention_bench.json"
+
+
+# Tuning
+
+
+@dataclasses.dataclass(frozen=True)
+class Knob:
+    """What a stand-in for an operation's tuning varies."""
+
+    size: int
+
+
+class Numbers:
+    """A tuning of two parts; the time of one is 1 + |size - 8|, of the other 1."""
+
+    wrong = None
+
+    def __init__(self, case):
+        self.start = {"one": Knob(1), "two": Knob(1)}
+
+    def candidates(self, part, best):
+        yield from (Knob(best.size * 2), Knob(best.size // 2))
+
+    def results(self, values):
+        return {"out": torch.ones(3) + (1 if values["one"] == self.wrong else 0)}
+
+    def works(self, part, values):
+        seconds = 1.0 + abs(values["one"].size - 8) if part == "one" else 1.0
+        return {part: (lambda: None, lambda _: seconds)}
+
+    def row(self, values):
+        return f"Row({values['one'].size}, {values['two'].size}),"
+
+
+@pytest.fixture
+def tune(harness, gate, monkeypatch):
+    monkeypatch.setattr(gate, "Tuning", Numbers)
+    return importlib.import_module("tune")
+
+
+def told(prepare, timed):
+    """A clock that believes what it is told."""
+    return timed(prepare())
+
+
+def test_a_sweep_keeps_what_is_faster(tune, gate):
+    outcome = tune.sweep(gate.SpatialGateCase((1, 4, 8, 8), "gated"), 60, told)
+    assert outcome.complete
+    assert outcome.values == {"one": Knob(8), "two": Knob(1)}
+    assert (outcome.before, outcome.after) == ({"one": 8.0, "two": 1.0}, {"one": 1.0, "two": 1.0})
+    assert outcome.gain == 4.5
+    assert outcome.row.startswith("Row(8, 1),  # ")
+    assert "4.50x the row above at gated 1x4x8x8" in outcome.row
+    json.dumps(outcome.fields())
+
+
+def test_a_sweep_ends_in_time(tune, gate):
+    outcome = tune.sweep(gate.SpatialGateCase((1, 4, 8, 8), "gated"), -1, told)
+    assert not outcome.complete
+    assert outcome.values == {"one": Knob(1), "two": Knob(1)}
+
+
+def test_a_sweep_refuses_a_wrong_configuration(tune, gate, monkeypatch):
+    monkeypatch.setattr(Numbers, "wrong", Knob(4))
+    with pytest.raises(tune.harness.WrongResult, match="out is off"):
+        tune.sweep(gate.SpatialGateCase((1, 4, 8, 8), "gated"), 60, told)
+
+
+def test_tuning_on_a_gpu_goes_on_where_it_stopped(tune, gate, harness, monkeypatch, tmp_path):
+    pytest.importorskip("tqdm")
+    gpu = importlib.import_module("gpu")
+    cases = [gate.SpatialGateCase((1, 4, 8, side), "gated") for side in (8, 9)]
+    swept = []
+    sweep = tune.sweep
+    monkeypatch.setattr(harness, "CudaClock", lambda: told)
+    monkeypatch.setattr(gate, "tuned_cases", lambda: cases)
+    monkeypatch.setattr(tune, "sweep", lambda case, seconds: (swept.append(case), sweep(case, seconds))[1])
+    path = tmp_path / "tune.json"
+    for seconds, expected, complete in ((0, [], None), (60, cases, True), (60, cases, True)):
+        assert not gpu.run_tune(path, "spatial_gate", seconds)
+        assert swept == expected
+        assert complete is None or harness.read_results(path)["conditions"]["complete"] == complete
+    records = harness.read_results(path)["records"]
+    assert [record["name"] for record in records] == [str(case) for case in cases]
+    assert {record["gain"] for record in records} == {4.5}
+
+
+interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="runs kernels in the interpreter")
+
+
+@interpreted
+def test_the_gate_is_swept(harness, gate):
+    from attnk.kernels.tuning import SpatialGateConfig, SpatialGateRow
+
+    tuning = gate.Tuning(gate.SpatialGateCase((1, 8, 8, 16), "gated"))
+    start = tuning.start["config"]
+    others = [config for config in tuning.candidates("config", start) if config != start]
+    assert others
+    got, expected = tuning.results({"config": others[0]}), tuning.results(tuning.start)
+    for name in ("out", "dx", "dweight", "dbias"):
+        torch.testing.assert_close(got[name], expected[name])
+    names = {"SpatialGateConfig": SpatialGateConfig, "SpatialGateRow": SpatialGateRow}
+    row = eval(tuning.row({"config": others[0]}).rstrip(","), names)
+    assert row == SpatialGateRow(False, 8, 128, others[0])
+
+
+@interpreted
+def test_attention_is_swept_by_the_kernel(harness, attention):
+    from attnk.kernels.tuning import SoftmaxAttentionConfig, SoftmaxAttentionRow, Tile
+
+    tuning = attention.Tuning(attention.AttentionCase("test", 2, 1, 20, 33, 16, "bias"))
+    assert list(tuning.start) == ["forward", "dq", "dkv", "dbias"]
+    expected = tuning.results(tuning.start)
+    for part, tile in tuning.start.items():
+        other = next(iter(tuning.candidates(part, tile)))
+        assert other != tile
+        got = tuning.results(tuning.start | {part: other})
+        for name in ("out", "dq", "dk", "dv", "dbias"):
+            torch.testing.assert_close(got[name], expected[name])
+        ((_, timed),) = tuning.works(part, tuning.start | {part: other}).values()
+        with harness.captured_launches() as launches:
+            timed(None)
+        assert [name for name, _ in launches] == [f"_softmax_attention{attention.TILE_KERNELS[part]}"]
+    values = tuning.start | {"dq": Tile(64, 128, 8, 2)}
+    names = {kind.__name__: kind for kind in (SoftmaxAttentionConfig, SoftmaxAttentionRow, Tile)}
+    row = eval(tuning.row(values).rstrip(","), names)
+    assert row == SoftmaxAttentionRow(4, 16, True, SoftmaxAttentionConfig(**values))
+    plain = attention.Tuning(attention.AttentionCase("test", 1, 1, 20, 33, 16))
+    assert list(plain.start) == ["forward", "dq", "dkv"]

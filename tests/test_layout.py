@@ -13,9 +13,20 @@ PACKAGE = ROOT / "attnk"
 KERNELS = ROOT / "kernels"
 SHARED = {"__init__", "tiles", "tuning"}  # kernel files that are no operation
 
-STEMS = sorted(path.stem for path in KERNELS.glob("*.py") if path.stem not in SHARED)
+# a stem is a file, or a folder with forward.py and backward.py
+STEMS = sorted(
+    [path.stem for path in KERNELS.glob("*.py") if path.stem not in SHARED]
+    + [path.parent.name for path in KERNELS.glob("*/forward.py")]
+)
 SOURCES = sorted([*PACKAGE.rglob("*.py"), *KERNELS.rglob("*.py")])
 STANDARD = set(sys.stdlib_module_names)
+
+
+def kernel_definitions(stem: str) -> list[ast.stmt]:
+    """What the kernel file of a stem defines, or its folder's forward and then backward."""
+    folder = KERNELS / stem
+    paths = [folder / "forward.py", folder / "backward.py"] if folder.is_dir() else [KERNELS / f"{stem}.py"]
+    return [node for path in paths for node in ast.parse(path.read_text()).body]
 
 
 def name_of(path: pathlib.Path) -> str:
@@ -92,8 +103,9 @@ def test_public_names_of_a_stem(stem):
     import attnk
 
     assert stem in attnk.__all__
+    launchers = {node.name for node in kernel_definitions(stem) if isinstance(node, ast.FunctionDef)}
+    assert {f"{stem}_forward", f"{stem}_backward"} <= launchers
     for path, names in {
-        KERNELS / f"{stem}.py": [f"{stem}_forward", f"{stem}_backward"],
         PACKAGE / "reference" / f"{stem}.py": [f"{stem}_reference"],
         PACKAGE / "ops" / f"{stem}.py": [stem, "unsupported", "explain", "example"],
     }.items():
@@ -103,7 +115,7 @@ def test_public_names_of_a_stem(stem):
 
 @pytest.mark.parametrize("stem", STEMS)
 def test_names_and_order_of_kernels(stem):
-    functions = [node for node in ast.parse((KERNELS / f"{stem}.py").read_text()).body if hasattr(node, "name")]
+    functions = [node for node in kernel_definitions(stem) if isinstance(node, ast.FunctionDef)]
     kernels = [function.name for function in functions if function.name.endswith("_kernel")]
     assert kernels
     for name in kernels:
@@ -111,27 +123,34 @@ def test_names_and_order_of_kernels(stem):
     directions = [name.removeprefix(f"_{stem}_")[:3] for name in kernels]
     assert directions == sorted(directions, reverse=True), "forward kernels come before backward kernels"
     names = [function.name for function in functions]
-    assert names.index(kernels[-1]) < names.index(f"{stem}_forward") < names.index(f"{stem}_backward")
+    for direction in ("forward", "backward"):
+        short = {"forward": "fwd", "backward": "bwd"}[direction]
+        last = max(names.index(name) for name in kernels if name.startswith(f"_{stem}_{short}"))
+        assert last < names.index(f"{stem}_{direction}")
+    assert names.index(f"{stem}_forward") < names.index(f"{stem}_backward")
 
 
 def test_kernels_import_little():
-    found = offences(sorted(KERNELS.glob("*.py")), "torch", "triton", "attnk.kernels.tiles", "attnk.kernels.tuning")
-    assert not found
+    shared = ("torch", "triton", "attnk.memory", "attnk.kernels.tiles", "attnk.kernels.tuning")
+    for path in sorted(KERNELS.rglob("*.py")):
+        own = [name_of(path) if path.name == "__init__.py" else name_of(path).rpartition(".")[0]]
+        assert not offences([path], *shared, *(own if path.parent != KERNELS else []))
     tuning = [module for module, _ in imports(KERNELS / "tuning.py")]
     assert not any(within(module, "triton") for module in tuning), "explain reads the tables without triton's compiler"
 
 
 @pytest.mark.parametrize("folder", ["reference", "fallback"])
 def test_plain_torch(folder):
-    assert not offences(files(folder), "torch")
+    assert not offences(files(folder), "torch", "attnk.memory")
+    assert not offences([PACKAGE / "memory.py"], "torch")
 
 
 def test_operations_stand_on_their_floor():
     for path in files("ops"):
         own = [f"attnk.{folder}.{path.stem}" for folder in ("reference", "fallback", "kernels")]
         own += [f"attnk.{folder}" for folder in ("reference", "fallback")] if path.stem in STEMS else []
-        shared = ["attnk.dispatch", "attnk.ops._calls", "attnk.ops._checks", "attnk.ops._flops"]
-        shared += ["attnk.kernels.tuning", "torch"]
+        shared = [f"attnk.ops.{name}" for name in ("_calls", "_checks", "_flops", "_vmap")]
+        shared += ["attnk.dispatch", "attnk.memory", "attnk.kernels.tuning", "torch"]
         assert not offences([path], *own, *shared)
         for module, early in imports(path):
             assert not (early and within(module, "attnk.kernels")), f"{path} imports {module} outside a function"
@@ -176,7 +195,7 @@ def test_triton_is_imported_late():
 @pytest.mark.parametrize(
     ("path", "limit"),
     [("attnk/__init__.py", 40), ("attnk/dispatch.py", 180)]
-    + [(f"kernels/{stem}.py", 800) for stem in STEMS]
+    + [(str(path.relative_to(ROOT)), 800) for path in sorted(KERNELS.rglob("*.py"))]
     + [(f"attnk/reference/{stem}.py", 80) for stem in STEMS],
 )
 def test_files_stay_short(path, limit):

@@ -4,7 +4,6 @@ import contextlib
 import functools
 import itertools
 import mmap
-import random
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from unittest import mock
@@ -12,6 +11,7 @@ from unittest import mock
 import pytest
 import torch
 import torch._dynamo.testing
+from helpers import assert_same_bits, needs_interpreter, one_by_one, pairwise
 from torch.autograd import forward_ad
 from torch.utils import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -27,8 +27,6 @@ DTYPES = (torch.float64, torch.float32, torch.float16)
 LAYOUTS = [name for name, _ in layouts(torch.zeros(1, 1, 1, 1))]
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 NAMES = ("x", "weight", "bias")
-
-needs_interpreter = pytest.mark.skipif(not dispatch.INTERPRETED, reason="the meter needs TRITON_INTERPRET=1")
 
 
 def draw(
@@ -75,50 +73,9 @@ def run(backend: str, inputs: dict[str, torch.Tensor | None], **options: str) ->
     return [out.detach(), *torch.autograd.grad(out, [leaf for leaf in leaves if leaf is not None], dout)]
 
 
-def assert_same_bits(some: list[torch.Tensor], others: list[torch.Tensor]) -> None:
-    for one, other in zip(some, others, strict=True):
-        assert one.stride() == other.stride()
-        assert torch.equal(one, other)
-
-
-def pairwise(**axes: Any) -> list[Any]:
-    """Few cases in which any two values of any two axes meet."""
-    names = list(axes)
-    values = [list(axis) for axis in axes.values()]
-    missing = {
-        ((i, a), (j, b))
-        for i, j in itertools.combinations(range(len(names)), 2)
-        for a in range(len(values[i]))
-        for b in range(len(values[j]))
-    }
-    chance = random.Random(0)
-    cases = []
-    while missing:
-        anchor = min(missing)
-        candidates = []
-        for _ in range(60):
-            case = [chance.randrange(len(axis)) for axis in values]
-            for axis, value in anchor:
-                case[axis] = value
-            covered = missing & set(itertools.combinations(enumerate(case), 2))
-            candidates.append((len(covered), case, covered))
-        _, case, covered = max(candidates, key=lambda candidate: candidate[0])
-        missing -= covered
-        chosen = {name: axis[i] for name, axis, i in zip(names, values, case, strict=True)}
-        cases.append(pytest.param(chosen, id="-".join(str(value).removeprefix("torch.") for value in chosen.values())))
-    return cases
-
-
 @pytest.fixture
 def kernels():
     return pytest.importorskip("attnk.kernels.spatial_gate")
-
-
-@pytest.fixture
-def fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @contextlib.contextmanager
@@ -749,7 +706,7 @@ def test_opcheck(backend, device, output, ties, layout, fresh_dynamo):
     x, weight, _ = inputs.values()
     ops = torch.ops.attnk
     shared = ("avg_max", output)
-    torch.library.opcheck(ops.spatial_gate_infer.default, (*inputs.values(), *shared, backend))
+    torch.library.opcheck(ops.spatial_gate_infer.default, (*inputs.values(), *shared, ties, backend))
     torch.library.opcheck(ops.spatial_gate_forward.default, (*inputs.values(), *shared, ties, backend))
     out, *kept = ops.spatial_gate_forward(*inputs.values(), *shared, ties, backend)
     dout = dict(layouts(torch.randn(out.shape, dtype=out.dtype, device=device)))[layout]
@@ -793,17 +750,6 @@ def test_func_grad(backend, device, output):
             inputs,
             grads=(),
         )
-
-
-def one_by_one(in_dims: tuple[int | None, ...], function: Any, *tensors: torch.Tensor) -> torch.Tensor:
-    """``torch.vmap`` as a loop."""
-    size = next(tensor.shape[dim] for tensor, dim in zip(tensors, in_dims, strict=True) if dim is not None)
-    return torch.stack(
-        [
-            function(*(t if dim is None else t.select(dim, i) for t, dim in zip(tensors, in_dims, strict=True)))
-            for i in range(size)
-        ]
-    )
 
 
 @pytest.mark.parametrize("ties", TIES)
@@ -1265,8 +1211,9 @@ def test_gradient_scaler(backend):
 @pytest.mark.parametrize("exported_with_grad", [False, True])
 def test_exported_programs_train(backend, device, output, exported_with_grad):
     """An exported program calls the operations by themselves: with grad mode on, and for their gradients."""
-    module = attnk.SpatialAttention(3, output=output, backend=backend).to(device)
-    x = torch.randn(2, 5, 6, 4, device=device, requires_grad=True)
+    ties = "even" if output == "map" else "first"
+    module = attnk.SpatialAttention(3, output=output, ties=ties, backend=backend).to(device)
+    x = torch.randint(-1, 2, (2, 5, 6, 4), device=device).float().requires_grad_()
     with torch.set_grad_enabled(exported_with_grad):
         program = torch.export.export(module, (x.detach(),)).module()
     results = []

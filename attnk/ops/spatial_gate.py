@@ -14,6 +14,7 @@ from attnk.reference.spatial_gate import spatial_gate_reference
 from ._calls import autocast_is_on, implementation_scope, is_plain
 from ._checks import check_choice, check_feature_map, check_parameter
 from ._flops import announce_flops, declare_flops
+from ._vmap import each_example, fold_examples
 
 ORDERS = ("avg_max", "max_avg")
 OUTPUTS = ("gated", "map", "residual", "logit")
@@ -152,7 +153,7 @@ def _run(
         out, _ = SpatialGateFunction.apply(x, weight, bias, order, output, ties, backend)
     else:
         infer = _infer if is_plain(x) else _infer_op
-        out = infer(x, weight, bias, order, output, backend)
+        out = infer(x, weight, bias, order, output, ties, backend)
     if output in ("map", "logit") and x.dtype == torch.float32 and autocast_is_on(x):
         out = out.to(torch.get_autocast_dtype(x.device.type))
     return out
@@ -162,7 +163,7 @@ def _run(
 
 _library = torch.library.Library("attnk", "FRAGMENT")
 _library.define(
-    "spatial_gate_infer(Tensor x, Tensor weight, Tensor? bias, str order, str output, str backend) -> Tensor"
+    "spatial_gate_infer(Tensor x, Tensor weight, Tensor? bias, str order, str output, str ties, str backend) -> Tensor"
 )
 _library.define(
     "spatial_gate_forward(Tensor x, Tensor weight, Tensor? bias, str order, str output, str ties, str backend)"
@@ -184,16 +185,17 @@ def _implementation(backend: str) -> ModuleType:
 
 
 def _infer(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, order: str, output: str, backend: str
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, order: str, output: str, ties: str, backend: str
 ) -> torch.Tensor:
+    """The output alone; ``ties`` is for the backward of exported programs."""
     if x.numel() == 0:
-        return _infer_fake(x, weight, bias, order, output, backend)
+        return _infer_fake(x, weight, bias, order, output, ties, backend)
     with torch.no_grad(), implementation_scope(x):
         return _implementation(backend).spatial_gate_infer(x, weight, bias, order, output)
 
 
 def _infer_fake(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, order: str, output: str, backend: str
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, order: str, output: str, ties: str, backend: str
 ) -> torch.Tensor:
     if output in ("map", "logit"):
         return x.new_empty((x.shape[0], 1, x.shape[2], x.shape[3]))
@@ -236,7 +238,7 @@ def _forward_fake(
     else:
         maps = x.new_empty((batch, 2, height, width), dtype=dtype)
         index = x.new_empty(gate.shape if ties == "first" else (0,), dtype=torch.int64)
-    return _infer_fake(x, weight, bias, order, output, backend), gate, maps, index
+    return _infer_fake(x, weight, bias, order, output, ties, backend), gate, maps, index
 
 
 def _backward(
@@ -393,8 +395,10 @@ class SpatialGateTransformFunction(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, x: Any, weight: Any, bias: Any, *options: str) -> Any:
-        separate = in_dims[1] is not None or in_dims[2] is not None
-        return _vmap(SpatialGateTransformFunction, info.batch_size, in_dims, (x, weight, bias, *options), {0}, separate)
+        args = (x, weight, bias, *options)
+        if in_dims[1] is not None or in_dims[2] is not None:
+            return each_example(SpatialGateTransformFunction, info.batch_size, in_dims, args)
+        return fold_examples(SpatialGateTransformFunction, info.batch_size, in_dims, args, (0,))
 
 
 class SpatialGateBackwardFunction(torch.autograd.Function):
@@ -421,27 +425,9 @@ class SpatialGateBackwardFunction(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *args: Any) -> Any:
         needs_dweight = args[12]  # a sum over the batch: one for each mapped example
-        separate = in_dims[2] is not None or needs_dweight
-        return _vmap(SpatialGateBackwardFunction, info.batch_size, in_dims, args, {0, 1, 3, 4, 5}, separate)
-
-
-def _vmap(function: Any, size: int, in_dims: tuple, args: tuple, batched: set[int], separate: bool) -> Any:
-    """Fold the mapped dimension into the batch of the ``batched`` arguments; if ``separate``, call once an example."""
-    moved = [arg if dim is None else arg.movedim(dim, 0) for arg, dim in zip(args, in_dims, strict=True)]
-    if separate:
-        calls = [
-            function.apply(*(arg if dim is None else arg[i] for arg, dim in zip(moved, in_dims, strict=True)))
-            for i in range(size)
-        ]
-        return tuple(torch.stack(outs) for outs in zip(*calls, strict=True)), (0,) * len(calls[0])
-    for i in batched:
-        if moved[i] is not None and in_dims[i] is None and moved[i].dim() == 4:
-            moved[i] = moved[i].expand(size, *moved[i].shape)
-        if moved[i] is not None and moved[i].dim() == 5:
-            moved[i] = moved[i].flatten(0, 1)
-    outs = function.apply(*moved)
-    dims = tuple(0 if out.dim() == 4 else None for out in outs)
-    return tuple(out.unflatten(0, (size, -1)) if out.dim() == 4 else out for out in outs), dims
+        if in_dims[2] is not None or needs_dweight:
+            return each_example(SpatialGateBackwardFunction, info.batch_size, in_dims, args)
+        return fold_examples(SpatialGateBackwardFunction, info.batch_size, in_dims, args, (0, 1, 3, 4, 5))
 
 
 # Programs that were exported call the operations by themselves, without the Functions above, and may be trained.
@@ -455,10 +441,9 @@ def _setup_raw(ctx: Any, inputs: tuple, output: Any) -> None:
 def _backward_raw(ctx: Any, dout: torch.Tensor, *unused: Any) -> Any:
     """Gradients of an operation called by itself, as exported programs call it; the forward runs once more."""
     x, weight, bias = ctx.saved_tensors
-    order, output, *ties, backend = ctx.options
     with torch.enable_grad():
         leaves = [None if leaf is None else leaf.detach().requires_grad_() for leaf in (x, weight, bias)]
-        out, _ = SpatialGateFunction.apply(*leaves, order, output, *(ties or ["first"]), backend)
+        out, _ = SpatialGateFunction.apply(*leaves, *ctx.options)
     grads = iter(torch.autograd.grad(out, [leaf for leaf in leaves if leaf is not None], dout))
     return *(None if leaf is None else next(grads) for leaf in leaves), *(None for _ in ctx.options)
 

@@ -1,0 +1,333 @@
+"""Softmax attention in plain PyTorch: its own fused attention where that fits, blocks of logits elsewhere.
+
+PyTorch's fused attention on the CPU has no gradient for a bias, no bias table, no dropout, and wants values as wide as
+keys. For those, logits are formed in blocks of queries by all keys that stay in the cache, softmax and all, and once
+more in the backward.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+
+from attnk.memory import empty_in_order
+
+# logits at once: on the CPU as many as a core's cache holds, elsewhere as many as make 32 MiB
+CPU_BLOCK_ELEMENTS = 2**19
+BLOCK_ELEMENTS = 2**23
+NEVER_A_LOGIT = -1e30  # below it, lse has lost the logarithm of the sum
+
+Slices = tuple[slice, slice, slice]
+
+
+def sdpa(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float, is_causal: bool
+) -> torch.Tensor:
+    """Attention without bias, dropout and lse, by PyTorch's own operation and with its autograd.
+
+    Args:
+        q, k, v: (B, heads, Nq, D), (B, key heads, Nk, D), (B, key heads, Nk, Dv).
+        mask: bool, broadcasts to (B, heads, Nq, Nk); True = attend.
+        scale: of the logits.
+        is_causal: whether query i sees the keys up to i alone.
+
+    Returns:
+        (B, heads, Nq, Dv), its axes in memory in q's order.
+    """
+    like = q
+    if q.device.type == "cpu":  # it leaves its fused path for other strides
+        q, k, v = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (q, k, v))
+    if mask is not None and is_causal:
+        mask = mask & torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+        is_causal = False
+    grouped = q.shape[1] != k.shape[1]
+    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=grouped)
+    return _in_order(out, like)
+
+
+def fused_fits(
+    q: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    table: torch.Tensor | None,
+    is_causal: bool,
+    dropout_p: float,
+) -> bool:
+    """Whether PyTorch's fused attention on the CPU computes this forward."""
+    extras = (bias is not None) + (mask is not None) + is_causal
+    return q.device.type == "cpu" and table is None and dropout_p == 0 and q.shape[-1] == v.shape[-1] and extras <= 1
+
+
+def softmax_attention_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    table: torch.Tensor | None,
+    rng: torch.Tensor | None,
+    width: int,
+    scale: float,
+    is_causal: bool,
+    dropout_p: float,
+    keep: bool = True,
+    wants_lse: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The forward, with the arguments of the kernels' launcher.
+
+    Returns:
+        out; lse; and, where a backward will follow PyTorch's fused forward, its lse in place of row_max. All else is
+        empty, (0,).
+    """
+    acc_dtype = torch.promote_types(q.dtype, torch.float32)
+    nothing = q.new_empty(0, dtype=acc_dtype)
+    if fused_fits(q, v, bias, mask, table, is_causal, dropout_p):
+        q_unit, k, v = _fused_inputs(q, k, v)
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q_unit, k, v, 0.0, is_causal, attn_mask=_additive(bias, mask, q.dtype), scale=scale
+        )
+        out = _in_order(out, q)
+        return (
+            out,
+            lse.contiguous() if wants_lse else nothing,
+            lse.clone(memory_format=torch.contiguous_format) if keep else nothing.clone(),
+            nothing.clone(),
+        )
+
+    k, v = _repeated(q, k, v)
+    out = empty_in_order(q, (*q.shape[:3], v.shape[-1]))
+    lse = q.new_empty(q.shape[:3], dtype=acc_dtype) if wants_lse else nothing
+    keys, values = k.to(acc_dtype).transpose(-2, -1), v.to(acc_dtype)
+    for number, (bs, hs, ms) in enumerate(_blocks(q, k, width if table is not None else 1)):
+        logits = _logits(q[bs, hs, ms], keys[bs, hs], scale)
+        unseeing = _add_extras(logits, bias, mask, table, width, is_causal, (bs, hs, ms))
+        if wants_lse:
+            torch.logsumexp(logits, -1, out=lse[bs, hs, ms])
+        weights = _softmax(logits, unseeing)
+        if wants_lse and unseeing is not None:
+            lse[bs, hs, ms].masked_fill_(unseeing.squeeze(-1), -torch.inf)
+        if rng is not None:
+            weights.mul_(_kept(weights, rng, number, dropout_p))
+        result = weights @ values[bs, hs]
+        out[bs, hs, ms] = result.mul_(_keep_scale(dropout_p)) if rng is not None else result
+    return out, lse, nothing.clone(), nothing.clone()
+
+
+def softmax_attention_backward(
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    table: torch.Tensor | None,
+    rng: torch.Tensor | None,
+    out: torch.Tensor,
+    row_max: torch.Tensor,
+    log_sum: torch.Tensor,
+    width: int,
+    scale: float,
+    is_causal: bool,
+    dropout_p: float,
+    needs_dq: bool,
+    needs_dkv: bool,
+    needs_dbias: bool,
+    needs_dtable: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The backward, with the arguments and results of the kernels' launcher."""
+    key_heads = k.shape[1]
+    like_k, like_v = k, v
+    nothing = q.new_empty(0), k.new_empty(0), v.new_empty(0), q.new_empty(0), q.new_empty(0)
+    if (
+        fused_fits(q, v, bias, mask, table, is_causal, dropout_p)
+        and not needs_dbias
+        and dlse is None
+        and (bias is None or not (row_max < NEVER_A_LOGIT).logical_and(row_max > -torch.inf).any())
+    ):
+        q_unit, k, v = _fused_inputs(q, k, v)
+        dout, out = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (dout, out))
+        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            dout, q_unit, k, v, out, row_max, 0.0, is_causal, attn_mask=_additive(bias, mask, q.dtype), scale=scale
+        )
+        dq = _in_order(dq, q) if needs_dq else nothing[0]
+        if not needs_dkv:
+            return dq, nothing[1], nothing[2], nothing[3], nothing[4]
+        dk, dv = (_in_order(_ungrouped(grad, key_heads), like) for grad, like in ((dk, like_k), (dv, like_v)))
+        return dq, dk, dv, nothing[3], nothing[4]
+
+    acc_dtype = torch.promote_types(q.dtype, torch.float32)
+    k, v = _repeated(q, k, v)
+    keys, values = k.to(acc_dtype), v.to(acc_dtype)
+    dq = empty_in_order(q, q.shape) if needs_dq else nothing[0]
+    dkeys, dvalues = (torch.zeros_like(keys), torch.zeros_like(values)) if needs_dkv else nothing[1:3]
+    dbias = torch.zeros_like(bias, dtype=acc_dtype) if bias is not None and needs_dbias else nothing[3]
+    height = q.shape[2] // width if width else 0
+    if needs_dtable:
+        dtable = q.new_zeros((q.shape[1], 2 * height - 1, 2 * width - 1), dtype=acc_dtype)
+    for number, (bs, hs, ms) in enumerate(_blocks(q, k, width if table is not None else 1)):
+        logits = _logits(q[bs, hs, ms], keys[bs, hs].transpose(-2, -1), scale)
+        unseeing = _add_extras(logits, bias, mask, table, width, is_causal, (bs, hs, ms))
+        weights = _softmax(logits, unseeing)
+        del logits
+        gradient = dout[bs, hs, ms].to(acc_dtype)
+        delta = (out[bs, hs, ms] * gradient).sum(-1, keepdim=True)
+        if dlse is not None:
+            delta -= dlse[bs, hs, ms].unsqueeze(-1)
+        kept = None
+        if rng is not None:
+            gradient = gradient * _keep_scale(dropout_p)
+            kept = _kept(weights, rng, number, dropout_p)
+        if needs_dkv:
+            dropped = weights if kept is None else weights * kept
+            dvalues[bs, hs] += dropped.transpose(-2, -1) @ gradient
+            del dropped
+        dlogits = gradient @ values[bs, hs].transpose(-2, -1)
+        if kept is not None:
+            dlogits.mul_(kept)
+        dlogits.sub_(delta).mul_(weights)
+        if needs_dq:
+            dq[bs, hs, ms] = (dlogits @ keys[bs, hs]).mul_(scale)
+        if needs_dkv:
+            dkeys[bs, hs] += dlogits.transpose(-2, -1) @ (q[bs, hs, ms].to(acc_dtype) * scale)
+        if needs_dbias:
+            part = dbias[_broadcast_slices(dbias, bs, hs, ms)]
+            part += dlogits.sum_to_size(part.shape)
+        if needs_dtable:
+            # a query adds its keys' gradients to a window of the table, one place further for each step on the grid
+            first_row, n_rows = ms.start // width, (ms.stop - ms.start) // width
+            folded = F.fold(
+                dlogits.sum(0).flip(1).transpose(1, 2), (height + n_rows - 1, 2 * width - 1), (height, width)
+            )
+            begin = height - first_row - n_rows
+            dtable[hs, begin : begin + height + n_rows - 1] += folded.squeeze(1)
+    if needs_dkv:
+        dkeys, dvalues = (
+            _in_order(_ungrouped(grad, key_heads).to(q.dtype), like)
+            for grad, like in ((dkeys, like_k), (dvalues, like_v))
+        )
+    if needs_dbias and bias is not None:
+        dbias = dbias.to(bias.dtype)
+    # windows were counted from key to query
+    if needs_dtable and table is not None:
+        return dq, dkeys, dvalues, dbias, dtable.flip(1, 2).flatten(1).t().to(table.dtype).contiguous()
+    return dq, dkeys, dvalues, dbias, nothing[4]
+
+
+def _fused_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    k, v = _repeated(q, k, v)
+    q, k, v = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (q, k, v))
+    return q, k, v
+
+
+def _additive(bias: torch.Tensor | None, mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    if mask is not None:
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+    return None if bias is None else bias.to(dtype)
+
+
+def _in_order(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    wanted = empty_in_order(like, tensor.shape, tensor.dtype)
+    return tensor if tensor.stride() == wanted.stride() else wanted.copy_(tensor)
+
+
+def _repeated(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values with a head for each of q's."""
+    group = q.shape[1] // k.shape[1]
+    return (k, v) if group == 1 else (k.repeat_interleave(group, 1), v.repeat_interleave(group, 1))
+
+
+def _ungrouped(grad: torch.Tensor, key_heads: int) -> torch.Tensor:
+    return grad if grad.shape[1] == key_heads else grad.unflatten(1, (key_heads, -1)).sum(2)
+
+
+def _blocks(q: torch.Tensor, k: torch.Tensor, step: int) -> Iterator[Slices]:
+    """Slices of (batch, heads, queries), in a fixed order, the queries by multiples of a step."""
+    batch, heads, n_queries, _ = q.shape
+    n_keys = k.shape[2]
+    elements = CPU_BLOCK_ELEMENTS if q.device.type == "cpu" else BLOCK_ELEMENTS
+    rows = _even_part(n_queries, elements // (n_keys * step) * step, step)
+    n_heads = _even_part(heads, elements // (n_keys * n_queries))
+    n_batch = _even_part(batch, elements // (n_keys * n_queries * heads))
+    for b in range(0, batch, n_batch):
+        for h in range(0, heads, n_heads):
+            for m in range(0, n_queries, rows):
+                yield (
+                    slice(b, min(b + n_batch, batch)),
+                    slice(h, min(h + n_heads, heads)),
+                    slice(m, min(m + rows, n_queries)),
+                )
+
+
+def _even_part(size: int, most: int, step: int = 1) -> int:
+    """A part of a size, at most so large, such that all parts are about as large; a multiple of a step."""
+    parts = -(-size // max(most, step))
+    return -(-size // (parts * step)) * step
+
+
+def _logits(q: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:
+    return (q.to(keys.dtype) * scale) @ keys
+
+
+def _broadcast_slices(tensor: torch.Tensor, *slices: slice) -> tuple[slice, ...]:
+    return tuple(slice(None) if size == 1 else part for size, part in zip(tensor.shape, slices, strict=False))
+
+
+def _add_extras(
+    logits: torch.Tensor,
+    bias: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    table: torch.Tensor | None,
+    width: int,
+    is_causal: bool,
+    block: Slices,
+) -> torch.Tensor | None:
+    """Add the bias to a block of logits and put -inf where a key is not seen.
+
+    Returns which queries see no key, or None where all see one.
+    """
+    _, hs, ms = block
+    if bias is not None:
+        logits += bias[_broadcast_slices(bias, *block)]
+    if table is not None:
+        logits += _dense_table(table[:, hs], logits.shape[-1] // width, width, ms).to(logits.dtype)
+    if mask is not None:
+        logits.masked_fill_(~mask[_broadcast_slices(mask, *block)], -torch.inf)
+    if is_causal:
+        queries = torch.arange(ms.start, ms.stop, device=logits.device)
+        keys = torch.arange(logits.shape[-1], device=logits.device)
+        logits.masked_fill_(queries[:, None] < keys, -torch.inf)
+    if bias is None and mask is None and table is None:
+        return None
+    return logits.amax(-1, keepdim=True) == -torch.inf
+
+
+def _dense_table(table: torch.Tensor, height: int, width: int, queries: slice) -> torch.Tensor:
+    """The bias (heads, queries, keys) of some rows of the grid's queries."""
+    windows = table.t().unflatten(1, (2 * height - 1, 2 * width - 1)).flip(1, 2)
+    windows = (
+        windows.unfold(1, height, 1).unfold(2, width, 1).flip(1, 2)
+    )  # query's row and column, key's row and column
+    rows = slice(queries.start // width, queries.stop // width)
+    return windows[:, rows].flatten(3).flatten(1, 2)
+
+
+def _softmax(logits: torch.Tensor, unseeing: torch.Tensor | None) -> torch.Tensor:
+    if unseeing is None:
+        return logits.softmax(-1)
+    return logits.masked_fill_(unseeing, 0).softmax(-1).masked_fill_(unseeing, 0)
+
+
+def _keep_scale(dropout_p: float) -> float:
+    return 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
+
+
+def _kept(weights: torch.Tensor, rng: torch.Tensor, number: int, dropout_p: float) -> torch.Tensor:
+    """Which weights of a block dropout keeps: each has 32 bits of a generator seeded by the block's number."""
+    seed, offset = rng.tolist()
+    generator = torch.Generator(weights.device).manual_seed((seed + 0x9E3779B97F4A7C15 * (offset + number)) % 2**63)
+    bits = torch.empty((weights.numel() + 1) // 2, dtype=torch.int64, device=weights.device)
+    bits.random_(-(2**63), None, generator=generator)
+    drawn = bits.view(torch.int32)[: weights.numel()].view(weights.shape)
+    return drawn >= min(round(dropout_p * 2**32), 2**32 - 1) - 2**31
