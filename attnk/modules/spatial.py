@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from attnk import dispatch
+from attnk.modules._checks import backend_repr
 from attnk.ops._checks import check_choice
 from attnk.ops.spatial_gate import ORDERS, TIES, spatial_gate
 
@@ -114,7 +115,7 @@ class SpatialAttention(nn.Module):
 
     def extra_repr(self) -> str:
         """The options that the children do not show."""
-        backend = "" if self.backend is None else f", backend={self.backend!r}"
+        backend = backend_repr(self.backend)
         return f"order={self.order!r}, output={self.output!r}, ties={self.ties!r}{backend}"
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
