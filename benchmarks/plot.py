@@ -102,8 +102,9 @@ def _draw_panels(op: str, grid: list[list[Panel]], conditions: dict[str, Any], p
         axes_row[0].set_ylabel(row[0].get("ylabel", "MiB" if "x" in row[0] else TIMES), fontsize=10)
     handles = {name: handles[name] for name in COLOURS if name in handles}
     figure.text(0.012, 1 - 0.14 / height, cases.TITLE, ha="left", va="top", fontsize=15, weight="bold")
-    figure.legend(handles.values(), handles.keys(), loc="upper right", bbox_to_anchor=(0.995, 1 - 0.04 / height),
-                  ncol=len(handles), frameon=False, fontsize=11)  # fmt: skip
+    if handles:
+        figure.legend(handles.values(), handles.keys(), loc="upper right", bbox_to_anchor=(0.995, 1 - 0.04 / height),
+                      ncol=len(handles), frameon=False, fontsize=11)  # fmt: skip
     figure.text(0.012, 0.12 / height, caption, ha="left", va="bottom", fontsize=9.5, color="0.3",
                 linespacing=1.4)  # fmt: skip
     below = 0.26 + 0.18 * len(caption.splitlines())
@@ -188,7 +189,8 @@ def _draw_lines(axis: Any, panel: Panel) -> None:
     axis.set_xticks(ticks, [str(tick) for tick in ticks], fontsize=8.5)
     axis.set_xlabel(panel["xlabel"], fontsize=9.5)
     low, high = axis.get_ylim()
-    gap = (high / low) ** 0.07  # that letters need
+    gap = (high / low) ** 0.08  # that letters need
+    axis.set_ylim(low, high * gap)  # for the upper of two names at the top
     for x, members in ends.items():
         previous = 0.0
         for y, name in sorted(members):

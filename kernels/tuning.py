@@ -126,29 +126,66 @@ class SoftmaxAttentionRow:
     Attributes:
         itemsize: bytes an element, at most.
         head_dim: of q and k or of v, whichever is larger, at most.
-        extras: whether it fits calls with a bias, bias table, mask or dropout; without them, any row fits.
+        extras: how many there are of bias, bias table, mask and dropout, at most; each costs registers.
         config: the configuration.
     """
 
     itemsize: int
     head_dim: int
-    extras: bool
+    extras: int
     config: SoftmaxAttentionConfig
 
 
+def _attention_row(
+    itemsize: int, head_dim: int, extras: int, *, forward: tuple, dq: tuple, dkv: tuple, dbias: tuple
+) -> SoftmaxAttentionRow:
+    """A row whose tiles are written as (block_m, block_n, num_warps, num_stages)."""
+    config = SoftmaxAttentionConfig(Tile(*forward), Tile(*dq), Tile(*dkv), Tile(*dbias))
+    return SoftmaxAttentionRow(itemsize, head_dim, extras, config)
+
+
+# Hopper's and Blackwell's shared memory and wide matrix instructions take larger tiles in 16 bits.
+_LARGE_TILES = (
+    _attention_row(2, 64, 0, forward=(128, 128, 8, 2), dq=(128, 64, 8, 2), dkv=(64, 64, 4, 2), dbias=(128, 64, 8, 1)),
+    _attention_row(2, 64, 1, forward=(128, 64, 8, 3), dq=(128, 64, 8, 2), dkv=(64, 64, 4, 2), dbias=(128, 64, 8, 1)),
+    _attention_row(2, 64, 4, forward=(64, 64, 4, 3), dq=(128, 64, 8, 2), dkv=(32, 128, 8, 2), dbias=(128, 64, 8, 1)),
+    _attention_row(2, 128, 0, forward=(128, 128, 8, 2), dq=(128, 64, 8, 2), dkv=(32, 128, 8, 2), dbias=(128, 64, 8, 1)),
+    _attention_row(2, 128, 1, forward=(128, 64, 8, 3), dq=(128, 64, 8, 2), dkv=(32, 128, 8, 2), dbias=(128, 64, 8, 1)),
+    _attention_row(2, 128, 4, forward=(128, 64, 8, 2), dq=(128, 32, 8, 2), dkv=(32, 32, 4, 2), dbias=(128, 64, 8, 1)),
+    _attention_row(2, 256, 0, forward=(128, 64, 8, 2), dq=(128, 32, 8, 2), dkv=(32, 32, 8, 1), dbias=(128, 64, 8, 1)),
+)
+
 SOFTMAX_ATTENTION_TABLE: dict[str, tuple[SoftmaxAttentionRow, ...]] = {
-    "default": (
-        SoftmaxAttentionRow(8, 256, True, SoftmaxAttentionConfig(
-            forward=Tile(32, 32, 4, 1), dq=Tile(32, 32, 4, 1), dkv=Tile(32, 32, 4, 1), dbias=Tile(32, 32, 4, 1),
-        )),  # untuned
+    # all rows are untuned: the largest tiles of those tried that compile without spills
+    "sm_90": _LARGE_TILES,
+    "sm_100": _LARGE_TILES,
+    "gfx942": (
+        _attention_row(2, 64, 0, forward=(128, 64, 8, 2), dq=(64, 64, 4, 2), dkv=(32, 64, 4, 1), dbias=(64, 64, 4, 1)),
+        _attention_row(2, 64, 4, forward=(64, 64, 4, 2), dq=(64, 32, 4, 2), dkv=(32, 32, 4, 1), dbias=(64, 64, 4, 1)),
+        _attention_row(2, 128, 0, forward=(128, 64, 8, 2), dq=(64, 64, 4, 2), dkv=(32, 64, 4, 1), dbias=(32, 32, 4, 1)),
+        _attention_row(2, 128, 4, forward=(64, 32, 8, 1), dq=(64, 32, 8, 1), dkv=(32, 32, 4, 1), dbias=(32, 32, 4, 1)),
+        _attention_row(2, 256, 4, forward=(32, 32, 8, 1), dq=(16, 32, 4, 1), dkv=(16, 16, 4, 1), dbias=(16, 32, 4, 1)),
+        _attention_row(4, 128, 4, forward=(16, 32, 4, 1), dq=(16, 16, 4, 1), dkv=(16, 32, 4, 1), dbias=(16, 32, 4, 1)),
+        _attention_row(4, 256, 4, forward=(16, 32, 4, 1), dq=(16, 16, 4, 1), dkv=(16, 16, 4, 1), dbias=(16, 32, 4, 1)),
     ),
-}  # fmt: skip
+    "default": (
+        _attention_row(2, 64, 0, forward=(128, 64, 8, 2), dq=(64, 32, 8, 1), dkv=(32, 64, 4, 1), dbias=(64, 64, 4, 1)),
+        _attention_row(2, 64, 4, forward=(64, 64, 4, 2), dq=(64, 32, 4, 2), dkv=(32, 32, 4, 1), dbias=(64, 64, 4, 1)),
+        _attention_row(2, 128, 0, forward=(128, 64, 8, 2), dq=(64, 32, 8, 2), dkv=(32, 64, 4, 1), dbias=(32, 32, 4, 1)),
+        _attention_row(2, 128, 4, forward=(64, 32, 8, 1), dq=(32, 32, 8, 1), dkv=(16, 32, 4, 1), dbias=(32, 32, 4, 1)),
+        _attention_row(2, 256, 4, forward=(16, 32, 4, 1), dq=(16, 32, 4, 1), dkv=(16, 16, 4, 1), dbias=(16, 32, 4, 1)),
+        _attention_row(4, 64, 4, forward=(64, 32, 8, 1), dq=(32, 32, 8, 1), dkv=(32, 32, 4, 1), dbias=(32, 32, 4, 1)),
+        _attention_row(4, 128, 4, forward=(16, 32, 8, 1), dq=(16, 16, 4, 1), dkv=(16, 32, 8, 1), dbias=(16, 32, 4, 1)),
+        _attention_row(4, 256, 4, forward=(16, 32, 8, 1), dq=(16, 16, 4, 1), dkv=(16, 16, 8, 1), dbias=(16, 32, 4, 1)),
+        _attention_row(8, 256, 4, forward=(16, 16, 4, 1), dq=(16, 16, 4, 1), dkv=(16, 16, 4, 1), dbias=(16, 16, 4, 1)),
+    ),
+}
 
 
-def softmax_attention_config(arch: str, *, itemsize: int, head_dim: int, extras: bool) -> SoftmaxAttentionConfig:
+def softmax_attention_config(arch: str, *, itemsize: int, head_dim: int, extras: int) -> SoftmaxAttentionConfig:
     """The configuration of one call: the first row that fits, of the architecture's and then of the default ones."""
     for row in (*SOFTMAX_ATTENTION_TABLE.get(arch, ()), *SOFTMAX_ATTENTION_TABLE["default"]):
-        if itemsize <= row.itemsize and head_dim <= row.head_dim and row.extras >= extras:
+        if itemsize <= row.itemsize and head_dim <= row.head_dim and extras <= row.extras:
             return row.config
     raise LookupError(f"no row of SOFTMAX_ATTENTION_TABLE[{arch!r}] fits: {itemsize=} {head_dim=} {extras=}")
 

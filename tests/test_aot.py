@@ -1,16 +1,28 @@
 """Every row of the tuning tables, compiled for architectures that need not be present. Run with TRITON_INTERPRET=0."""
 
 import dataclasses
+import functools
 import os
 import re
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
+from attnk.kernels import softmax_attention as attention
 from attnk.kernels import spatial_gate as kernels
-from attnk.kernels.tuning import SPATIAL_GATE_TABLE, spatial_gate_config
+from attnk.kernels.tuning import (
+    SOFTMAX_ATTENTION_TABLE,
+    SPATIAL_GATE_TABLE,
+    SoftmaxAttentionConfig,
+    softmax_attention_config,
+    spatial_gate_config,
+)
 
 from attnk.testing import ARCHITECTURES, Compiled, Launch, compile_launch, record_launches
 
@@ -117,8 +129,11 @@ def check_loads(launch: Launch, compiled: Compiled, itemsize: int) -> None:
     assert found >= expected, f"{compiled.kernel}: {found} loads of {size} bytes, expected {expected}"
 
 
-def check_offsets(compiled: Compiled) -> None:
-    """Neither a stride nor the number of an image is multiplied in 32 bits, in Triton's own representation."""
+def check_offsets(compiled: Compiled, quotients: bool = True) -> None:
+    """Neither a stride nor the number of an image is multiplied in 32 bits, in Triton's own representation.
+
+    Without ``quotients``, only strides: quotients need not be numbers of images.
+    """
     narrow = {name for name in re.findall(r"%stride_\w+", compiled.ttir) if not name.startswith("%stride_w")}
     for line in compiled.ttir.splitlines():
         match = re.match(r"\s*(%\w+) = (\S+) (.*)", line)
@@ -131,7 +146,7 @@ def check_offsets(compiled: Compiled) -> None:
             assert not operands & narrow, f"{compiled.kernel}: a 32-bit product: {line.strip()}"
         if operation == "tt.splat" and operands & narrow:
             narrow.add(name)
-        if operation == "arith.divsi" and kind == "i32":  # the number of an image, or of a slab
+        if quotients and operation == "arith.divsi" and kind == "i32":  # the number of an image, or of a slab
             narrow.add(name)
 
 
@@ -214,3 +229,208 @@ def test_refuses_narrow_offsets():
             check_offsets(dataclasses.replace(compiled, ttir=f"{image}\n{line}"))
     widened = "%w = arith.extsi %image : i32 to i64 loc(#1)\n%a = arith.muli %w, %n : i64 loc(#1)"
     check_offsets(dataclasses.replace(compiled, ttir=f"{image}\n{widened}"))
+
+
+# Softmax attention. A row's calls are more than can be compiled here: each row is compiled with every extra it is for
+# at its largest head dimension, and once more at one in two parts, channel-major and causal.
+
+ATTENTION_ROWS = [(arch, number) for arch, rows in SOFTMAX_ATTENTION_TABLE.items() for number in range(len(rows))]
+EXTRAS = {0: (), 1: ("table",), 4: ("bias", "table", "mask", "dropout")}
+IN_TWO_PARTS = {64: 48, 128: 72, 256: 160}
+# fp32 and fp64 are compiled alike for all of NVIDIA's, so that one target each is enough for the default rows
+DEFAULT_TARGETS = {2: ("sm_80", "sm_120"), 4: ("sm_90", "sm_80"), 8: ("sm_80", "gfx942")}
+# Rows that still spill, or whose float64 does not compile, there: smaller tiles are to be found. (row, turn) by arch.
+SPILLING = {
+    "sm_90": {(5, 1), (6, 1)},
+    "sm_100": {(5, 1), (6, 0), (6, 1)},
+    "gfx942": {(2, 1), (3, 1), (4, 1)},
+    "default": {(2, 1), (5, 1), (6, 1), (7, 0), (7, 1), (8, 0), (8, 1)},
+}
+ATTENTION_CASES = [
+    pytest.param(
+        arch, number, turn, target, id=f"{arch}-row{number}-{('largest', 'parts')[turn]}-{target}",
+        marks=pytest.mark.xfail(reason="spills", strict=False) if (number, turn) in SPILLING[arch] else (),
+    )
+    for arch, number in ATTENTION_ROWS
+    for turn in range(2)
+    for target in [
+        DEFAULT_TARGETS[SOFTMAX_ATTENTION_TABLE[arch][number].itemsize][turn] if arch == "default" else arch
+    ]
+]  # fmt: skip
+PTXAS_SERIALIZES = "wgmma.mma_async instructions are serialized"
+
+
+def attention_launches(
+    config: SoftmaxAttentionConfig,
+    dtype: torch.dtype,
+    dim: int,
+    extras: Sequence[str] = (),
+    *,
+    is_causal: bool = False,
+    channel_major: bool = False,
+    rows_of_extras: bool = True,
+    tokens: int = 256,
+) -> list[Launch]:
+    """What a forward and a backward launch: q, k and v are views of one tensor, as a projection to all three gives."""
+    heads, width = 4, 16
+    shape = (2, 3, heads, dim, tokens) if channel_major else (2, tokens, 3, heads, dim)
+    qkv = torch.empty(shape, dtype=dtype)
+    q, k, v = (qkv[:, i].transpose(2, 3) if channel_major else qkv[:, :, i].transpose(1, 2) for i in range(3))
+    of_rows = tokens if rows_of_extras else 1
+    bias = torch.empty(1, heads, of_rows, tokens, dtype=dtype) if "bias" in extras else None
+    mask = torch.empty(2, 1, of_rows, tokens, dtype=torch.bool) if "mask" in extras else None
+    table = torch.empty((2 * width - 1) ** 2, heads, dtype=dtype) if "table" in extras else None
+    rng = torch.empty(2, dtype=torch.int64) if "dropout" in extras else None
+    inputs = (q, k, v, bias, mask, table, rng)
+    options = (width if table is not None else 0, 0.3, is_causal, 0.1 if rng is not None else 0.0)
+    with record_launches() as recorded:
+        out, _, *stats = attention.softmax_attention_forward(*inputs, *options, True, True, config=config)
+        attention.softmax_attention_backward(
+            torch.empty_like(out), None, *inputs, out, *stats, *options,
+            True, True, bias is not None, table is not None, config=config,
+        )  # fmt: skip
+    names = [launch.name for launch in recorded]
+    return [launch for number, launch in enumerate(recorded) if launch.name not in names[:number]]
+
+
+def tile_of(launch: Launch) -> tuple[int, int]:
+    """Rows of the logits as they lie, and warps."""
+    return launch.arguments["BLOCK_N" if "dkv" in launch.name else "BLOCK_M"], launch.options["num_warps"]
+
+
+def check_products(launch: Launch, compiled: Compiled, dtype: torch.dtype) -> None:
+    """Products of 16 bits run on the architecture's newest matrix units, where the tile has rows enough."""
+    if dtype.itemsize > 2:
+        return
+    rows, warps = tile_of(launch)
+    instruction = {"sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma_f32"}.get(
+        compiled.architecture, "mma.sync"
+    )
+    if compiled.architecture in ("sm_90", "sm_100") and (rows < 64 or warps < 4):
+        instruction = "mma.sync"
+    assert instruction in compiled.assembly, f"{compiled.kernel}: no {instruction}"
+
+
+@functools.cache
+def ptxas() -> str:
+    import triton
+
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas")
+
+
+def remarks(compiled: Compiled) -> str:
+    """What NVIDIA's assembler says about a kernel for sm_90."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(compiled.assembly)
+        command = [ptxas(), "-v", "--gpu-name", "sm_90a", str(path), "-o", os.devnull]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+
+
+def attention_row(arch: str, number: int, turn: int) -> tuple[torch.dtype, list[Launch]]:
+    """The launches of one case of a row."""
+    row = SOFTMAX_ATTENTION_TABLE[arch][number]
+    dtype = DTYPES[row.itemsize][turn % len(DTYPES[row.itemsize])]
+    dim = IN_TWO_PARTS[row.head_dim] if turn else row.head_dim
+    launched = attention_launches(
+        row.config, dtype, dim, EXTRAS[row.extras], is_causal=bool(turn), channel_major=bool(turn)
+    )
+    return dtype, launched
+
+
+@pytest.mark.parametrize(("arch", "number", "turn", "target"), ATTENTION_CASES)
+def test_attention_row_compiles(arch, number, turn, target):
+    dtype, launched = attention_row(arch, number, turn)
+    extras = EXTRAS[SOFTMAX_ATTENTION_TABLE[arch][number].extras]
+    assert len(launched) == 3 + bool({"bias", "table"} & set(extras)) + ("table" in extras)
+    for launch in launched:
+        compiled = compile_launch(launch, target)
+        check_resources(compiled, stack=FLOAT64_STACK if dtype == torch.float64 else 0)
+        check_offsets(compiled, quotients=False)
+        if "dtable" not in launch.name:
+            check_products(launch, compiled, dtype)
+
+
+HOPPER_ROWS = [number for number, row in enumerate(SOFTMAX_ATTENTION_TABLE.get("sm_90", ())) if row.extras <= 1]
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("number", HOPPER_ROWS)
+def test_products_overlap_on_hopper(number, is_causal):
+    """The assembler leaves the asynchronous products asynchronous."""
+    row = SOFTMAX_ATTENTION_TABLE["sm_90"][number]
+    extras = ("bias",) if row.extras else ()
+    for launch in attention_launches(row.config, torch.bfloat16, row.head_dim, extras, is_causal=is_causal):
+        compiled = compile_launch(launch, "sm_90")
+        if "wgmma" in compiled.assembly:
+            assert PTXAS_SERIALIZES not in remarks(compiled), f"{launch.name}: {tile_of(launch)}"
+
+
+def test_remarks_tell_of_serialized_products():
+    """The check above sees what it looks for: an accumulator written to before its product is waited for."""
+    row = next(row for row in SOFTMAX_ATTENTION_TABLE["sm_90"] if row.head_dim == 64)
+    compiled = compile_launch(attention_launches(row.config, torch.bfloat16, 64)[0], "sm_90")
+    before, commit, after = compiled.assembly.partition("wgmma.commit_group.sync.aligned;")
+    accumulator = re.findall(r"wgmma\.mma_async\S+ \{(%\w+),", before)[-1]
+    assembly = f"{before}mov.b32 {accumulator}, 0;\n{commit}{after}"
+    assert PTXAS_SERIALIZES not in remarks(compiled)
+    assert PTXAS_SERIALIZES in remarks(dataclasses.replace(compiled, assembly=assembly))
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("dim", [64, 72])
+def test_attention_loads_are_128_bits_wide(dim, target):
+    """Tiles of q, k and v are loaded by 16 bytes a thread, also where 72 is the largest divisor of the strides."""
+    config = softmax_attention_config(target, itemsize=2, head_dim=dim, extras=0)
+    for launch in attention_launches(config, torch.bfloat16, dim):
+        compiled = compile_launch(launch, target)
+        threads = launch.options["num_warps"] * (64 if target.startswith("gfx") else 32)
+        share = min(launch.arguments["BLOCK_M"], launch.arguments["BLOCK_N"]) * 64 * 2 // threads
+        expected = 3 * max(1, share // 16)  # three tensors, each read by one thread at least this often
+        found = wide_loads(compiled.assembly)
+        assert found >= expected, f"{launch.name}: {found} loads of 16 bytes, expected {expected}"
+
+
+def test_strides_of_72_need_the_alignment():
+    """The check above sees what it looks for: undivided strides, of which nothing is known, leave narrow loads."""
+    config = softmax_attention_config("sm_90", itemsize=2, head_dim=72, extras=0)
+    forward = attention_launches(config, torch.bfloat16, 72)[0]
+    align = forward.arguments["ALIGN"]
+    assert align == 8
+    strides = {name: value * align for name, value in forward.arguments.items() if name.startswith("stride_") and value}
+    narrow = dataclasses.replace(forward, arguments=forward.arguments | strides | {"ALIGN": 1})
+    assert wide_loads(compile_launch(narrow, "sm_90").assembly) < wide_loads(compile_launch(forward, "sm_90").assembly)
+
+
+@pytest.fixture
+def allow_tf32():
+    """Sets whether products may use TF32, which monkeypatch cannot undo."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_tf32
+    yield lambda allowed: setattr(matmul, "allow_tf32", allowed)
+    matmul.allow_tf32 = before
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_tf32_only_where_allowed(target, allow_tf32):
+    config = softmax_attention_config(target, itemsize=4, head_dim=64, extras=0)
+    assemblies = []
+    for allowed in (False, True):
+        allow_tf32(allowed)
+        compiled = compile_launch(attention_launches(config, torch.float32, 64)[0], target)
+        check_resources(compiled)
+        assemblies.append(compiled.assembly)
+    assert ["tf32" in assembly for assembly in assemblies] == [False, True]
+
+
+def test_extras_of_one_row_are_not_loaded_as_tiles():
+    """A mask or bias that is one for all queries is read by key."""
+    config = softmax_attention_config("sm_90", itemsize=2, head_dim=64, extras=1)
+    for extra in ("mask", "bias"):
+        shared = []
+        for rows in (True, False):
+            launched = attention_launches(config, torch.bfloat16, 64, (extra,), rows_of_extras=rows)
+            compiled = compile_launch(launched[0], "sm_90")
+            check_resources(compiled)
+            shared.append(compiled.shared)
+        assert shared[1] < shared[0], extra

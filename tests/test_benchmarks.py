@@ -136,6 +136,21 @@ def test_pictures(quick_run, harness, tmp_path):
         assert png.read_bytes().startswith(b"\x89PNG")
 
 
+def test_memory_alone_is_drawn(harness, attention, tmp_path):
+    pytest.importorskip("matplotlib")
+    plot = importlib.import_module("plot")
+    records = [
+        {"group": "memory", **case.fields(), "pass": "training", "provider": name, "peak_S": 1.0, "peak_mib": 1.5}
+        for tokens in (16, 32)
+        for extra in ("", "dropout")
+        for name in ("tutorial", "attnk")
+        for case in [attention.AttentionCase(attention.GROWTH, 1, 1, tokens, tokens, 64, extra)]
+    ]
+    path = tmp_path / "memory.json"
+    harness.write_results(path, records)
+    assert plot.draw(path, tmp_path / "memory.png") == [tmp_path / "memory.png"]
+
+
 def test_results_that_name_no_operation_are_still_drawn(harness, tmp_path):
     pytest.importorskip("matplotlib")
     plot = importlib.import_module("plot")

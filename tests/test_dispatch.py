@@ -293,6 +293,14 @@ def test_heads_too_wide_for_the_kernels(gpu_tensors):
     )
 
 
+def test_float64_heads_too_wide_for_the_kernels(gpu_tensors):
+    for head_dim, backend in ((128, "triton"), (129, "torch")):
+        tensors = attention_tensors(head_dim=head_dim, dtype=torch.float64)
+        assert attnk.explain("softmax_attention", *tensors).backend == backend
+    with pytest.raises(attnk.Unsupported, match="up to 128 in float64, got 129"):
+        attnk.explain("softmax_attention", *tensors, backend="triton")
+
+
 def test_explain_does_not_warn(gpu_tensors, fresh_warnings):
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -18,6 +18,7 @@ from ._flops import announce_flops, declare_flops
 from ._vmap import each_example, fold_examples
 
 MAX_HEAD_DIM = 256  # the widest head that the kernels hold in registers
+MAX_FLOAT64_HEAD_DIM = 128  # of float64, on a GPU
 
 Kept = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -154,6 +155,8 @@ def unsupported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None
     head_dim = max(q.shape[-1], v.shape[-1])
     if reason is None and head_dim > MAX_HEAD_DIM:
         reason = f"the kernels take a head dimension up to {MAX_HEAD_DIM}, got {head_dim}"
+    elif reason is None and q.dtype == torch.float64 and q.is_cuda and head_dim > MAX_FLOAT64_HEAD_DIM:
+        reason = f"the kernels take a head dimension up to {MAX_FLOAT64_HEAD_DIM} in float64, got {head_dim}"
     return reason
 
 
@@ -176,8 +179,8 @@ def explain(
 ) -> dispatch.Explanation:
     """What ``attnk.explain("softmax_attention", ...)`` returns."""
     bias, mask = _check(q, k, v, bias, mask, scale, dropout_p, enable_gqa, bias_table, grid, seed)
-    extras = not (bias is None and mask is None and bias_table is None and dropout_p == 0)
-    chosen, reason = _choose(backend, q, k, v, plain=not extras and not return_lse, warn=False)
+    extras = sum(tensor is not None for tensor in (bias, mask, bias_table)) + (dropout_p > 0)
+    chosen, reason = _choose(backend, q, k, v, plain=extras == 0 and not return_lse, warn=False)
     config = None
     if chosen == "triton":
         from attnk.kernels.tuning import architecture, softmax_attention_config

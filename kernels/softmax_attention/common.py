@@ -262,7 +262,7 @@ class Call:
             architecture(q.device),
             itemsize=q.element_size(),
             head_dim=max(qk_dim, v_dim),
-            extras=any(tensor is not None for tensor in (bias, mask, table, rng)),
+            extras=sum(tensor is not None for tensor in (bias, mask, table, rng)),
         )
         has_bias = bias is not None or table is not None
         double = q.dtype == torch.float64
