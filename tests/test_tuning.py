@@ -1,6 +1,7 @@
 """Every row of the tuning tables: some call selects it, and it computes the right thing."""
 
 import dataclasses
+import itertools
 import os
 
 import pytest
@@ -8,9 +9,20 @@ import torch
 
 pytest.importorskip("triton")
 
+from attnk.kernels import softmax_attention as attention
 from attnk.kernels import spatial_gate as kernels
-from attnk.kernels.tuning import SPATIAL_GATE_TABLE, SpatialGateConfig, architecture, spatial_gate_config
+from attnk.kernels.tuning import (
+    SOFTMAX_ATTENTION_TABLE,
+    SPATIAL_GATE_TABLE,
+    SoftmaxAttentionConfig,
+    SpatialGateConfig,
+    Tile,
+    architecture,
+    softmax_attention_config,
+    spatial_gate_config,
+)
 
+from attnk.reference.softmax_attention import softmax_attention_reference
 from attnk.reference.spatial_gate import spatial_gate_reference
 from attnk.testing import ARCHITECTURES, Meter, assert_matches_reference, record_launches
 
@@ -189,3 +201,88 @@ def test_architecture_of_a_gpu():
     else:
         major, minor = torch.cuda.get_device_capability()
         assert name == f"sm_{major}{minor}"
+
+
+# Softmax attention
+
+ATTENTION_ROWS = [(arch, number) for arch, rows in SOFTMAX_ATTENTION_TABLE.items() for number in range(len(rows))]
+ATTENTION_CALLS = list(itertools.product(DTYPES, range(1, 257), range(5)))  # bytes an element, head dimension, extras
+KERNELS = tuple(field.name for field in dataclasses.fields(SoftmaxAttentionConfig))
+
+
+def distinct_blocks() -> list[SoftmaxAttentionConfig]:
+    """Few configurations in which every block size of every kernel of the table occurs; warps are a GPU's."""
+    rows = [row for rows in SOFTMAX_ATTENTION_TABLE.values() for row in rows]
+    blocks = {
+        name: sorted({(tile.block_m, tile.block_n) for row in rows for tile in [getattr(row.config, name)]})
+        for name in KERNELS
+    }
+    return [
+        SoftmaxAttentionConfig(**{name: Tile(*sizes[i % len(sizes)], 4, 1) for name, sizes in blocks.items()})
+        for i in range(max(map(len, blocks.values())))
+    ]
+
+
+@pytest.mark.parametrize(("arch", "number"), ATTENTION_ROWS)
+def test_some_call_selects_the_attention_row(arch, number):
+    config = SOFTMAX_ATTENTION_TABLE[arch][number].config
+    assert any(
+        softmax_attention_config(arch, itemsize=itemsize, head_dim=dim, extras=extras) is config
+        for itemsize, dim, extras in ATTENTION_CALLS
+    ), "a row above it fits every call that it fits"
+
+
+@pytest.mark.parametrize("arch", [*SOFTMAX_ATTENTION_TABLE, "sm_75"])
+def test_every_attention_call_has_a_row(arch):
+    for itemsize, dim, extras in ATTENTION_CALLS:
+        config = softmax_attention_config(arch, itemsize=itemsize, head_dim=dim, extras=extras)
+        assert isinstance(config, SoftmaxAttentionConfig)
+
+
+def test_a_hole_in_the_attention_table_is_told(monkeypatch):
+    monkeypatch.setitem(SOFTMAX_ATTENTION_TABLE, "default", ())
+    words = r"SOFTMAX_ATTENTION_TABLE\['sm_75'\] fits: itemsize=2 head_dim=64 extras=1"
+    with pytest.raises(LookupError, match=words):
+        softmax_attention_config("sm_75", itemsize=2, head_dim=64, extras=1)
+
+
+@pytest.mark.parametrize(("arch", "number"), ATTENTION_ROWS)
+def test_attention_tiles_are_powers_of_two(arch, number):
+    config = SOFTMAX_ATTENTION_TABLE[arch][number].config
+    for name in KERNELS:
+        tile = getattr(config, name)
+        for value in (tile.block_m, tile.block_n, tile.num_warps):
+            assert value & (value - 1) == 0 < value
+        assert min(tile.block_m, tile.block_n) >= 16  # of matrix products, and of dropout's counts
+        assert tile.num_warps <= 16
+        assert tile.num_stages >= 1
+
+
+def test_attention_keys_are_architectures():
+    assert "default" in SOFTMAX_ATTENTION_TABLE
+    assert set(SOFTMAX_ATTENTION_TABLE) <= {"default", *ARCHITECTURES}
+
+
+@runs_kernels
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("config", distinct_blocks(), ids=lambda config: f"forward{config.forward.block_m}")
+def test_attention_blocks_match_reference(config, is_causal, device):
+    """Whole blocks and a rest of each kernel's, with a bias and its gradient."""
+    n_queries, n_keys = (
+        max(getattr(getattr(config, name), size) for name in KERNELS) + 3 for size in ("block_m", "block_n")
+    )
+    shapes = dict.fromkeys("qkv", (1, 1, n_keys, 16))
+    shapes |= {"q": (1, 1, n_queries, 16), "bias": (1, 1, n_queries, n_keys)}
+    inputs = [torch.randn(shape, dtype=torch.float64, device=device) for shape in shapes.values()]
+    dout = torch.randn(1, 1, n_queries, 16, dtype=torch.float64, device=device)
+    call = (*inputs, None, None, None)
+    options = (0, 0.3, is_causal, 0.0)
+    out, _, *stats = attention.softmax_attention_forward(*call, *options, config=config)
+    wanted = (True, True, True, False)
+    gradients = attention.softmax_attention_backward(dout, None, *call, out, *stats, *options, *wanted, config=config)
+
+    leaves = [tensor.requires_grad_() for tensor in inputs]
+    expected, _ = softmax_attention_reference(*leaves, scale=0.3, is_causal=is_causal)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+    for name, got, correct in zip(shapes, gradients, torch.autograd.grad(expected, leaves, dout), strict=False):
+        torch.testing.assert_close(got, correct, rtol=0, atol=1e-12, msg=lambda words, name=name: f"{name}: {words}")
