@@ -43,9 +43,10 @@ from attnk.ops import softmax_attention as operation
 from attnk.reference.softmax_attention import relative_position_index, softmax_attention_reference
 from attnk.testing import Meter, assert_matches_reference
 
-# Open: float32 without a bias misses the tolerance by up to a fifth in dv, for the backward's statistics of rows are kept
-# as one sum there, which loses bits beside large logits. Keep them apart, as with a bias, and delete this mark.
-pytestmark = pytest.mark.xfail(reason="statistics of rows lose bits in float32", strict=False)
+# Open: this file has failures and is not to be trusted as green. Seen: float32 without a bias misses the tolerance in dv
+# (4.2e-6, allowed 3.5e-6), presumably because the backward keeps the statistics of rows as one sum there. Others were
+# not looked at. Mend them and delete this mark, which lets any test here fail.
+pytestmark = pytest.mark.xfail(reason="open failures, see the comment", strict=False)
 
 DTYPES = (torch.float64, torch.float32, torch.float16)
 NAMES = ("q", "k", "v", "bias", "bias_table")
