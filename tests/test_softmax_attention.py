@@ -43,9 +43,9 @@ from attnk.ops import softmax_attention as operation
 from attnk.reference.softmax_attention import relative_position_index, softmax_attention_reference
 from attnk.testing import Meter, assert_matches_reference
 
-# Open: this file has failures and is not to be trusted as green. Seen: float32 without a bias misses the tolerance in dv
-# (4.2e-6, allowed 3.5e-6), presumably because the backward keeps the statistics of rows as one sum there. Others were
-# not looked at. Mend them and delete this mark, which lets any test here fail.
+# Open: this file has failures and is not to be trusted as green. Seen: float32 without a bias misses the tolerance in
+# dv (4.2e-6, allowed 3.5e-6), presumably because the backward keeps the statistics of rows as one sum there. Others
+# were not looked at. Mend them and delete this mark, which lets any test here fail.
 pytestmark = pytest.mark.xfail(reason="open failures, see the comment", strict=False)
 
 DTYPES = (torch.float64, torch.float32, torch.float16)

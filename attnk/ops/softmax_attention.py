@@ -430,7 +430,7 @@ def _forward_fake(
 ) -> Kept:
     rows = q.shape[:3]
     dtype = torch.promote_types(q.dtype, torch.float32)
-    has_stats = (keep, keep)
+    has_stats = (keep, keep and (bias is not None or table is not None))
     if backend == "torch":
         has_stats = (keep and fallback.fused_fits(q, v, bias, mask, table, is_causal, dropout_p), False)
     return (
