@@ -88,6 +88,9 @@ def softmax_attention_forward(
             q_unit, k, v, 0.0, is_causal, attn_mask=_additive(bias, mask, q.dtype), scale=scale
         )
         out = _in_order(out, q)
+        if wants_lse and (bias is not None or mask is not None):  # of a query that sees no key it says otherwise
+            unseeing = ~mask.any(-1) if mask is not None else (bias == -torch.inf).all(-1)  # type: ignore[union-attr]
+            lse = lse.masked_fill(unseeing, -torch.inf)
         return (
             out,
             lse.contiguous() if wants_lse else nothing,
