@@ -56,7 +56,7 @@ def draw(
 def draw_mask(*shape: int, device: str = "cpu") -> torch.Tensor:
     """A mask that hides some keys, and every key from one query where it has rows."""
     mask = torch.rand(shape) < 0.6
-    mask[..., 0] = True
+    mask[..., :2] = True  # two keys: of one alone, what q and k get is nothing but rounding
     if len(shape) > 1 and shape[-2] > 2:
         mask[..., 1, :] = False
     return mask.to(device)
@@ -185,13 +185,16 @@ def by_way_of_lse(
     keep: torch.Tensor | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The definition as those who stream must compute it: weights from lse, whose rounding is felt in small tensors."""
+    """The definition as those who stream must compute it, whose rounding is felt in small tensors.
+
+    Weights come from lse and from logits that are computed once more, their products added up in another order.
+    """
     out, lse = softmax_attention_reference(q, k, v, bias, mask, dropout_p=dropout_p, keep=keep, **options)
     if 0 in out.shape or q.dtype != torch.float32:
         return out, lse
     k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], 1) for tensor in (k, v))
     scale, table = options.get("scale"), options.get("bias_table")
-    logits = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    logits = q.flip(-1) @ k.flip(-1).mT * (q.shape[-1] ** -0.5 if scale is None else scale)
     if bias is not None:
         logits = logits + bias
     if table is not None:

@@ -40,7 +40,7 @@ def sdpa(
     if mask is not None and is_causal:
         mask = mask & torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
         is_causal = False
-    grouped = q.shape[1] != k.shape[1]
+    grouped = bool(q.shape[1] != k.shape[1])  # a tensor while tracing
     out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=grouped)
     return _in_order(out, like)
 
@@ -88,15 +88,11 @@ def softmax_attention_forward(
             q_unit, k, v, 0.0, is_causal, attn_mask=_additive(bias, mask, q.dtype), scale=scale
         )
         out = _in_order(out, q)
+        kept = lse.clone(memory_format=torch.contiguous_format) if keep else nothing.clone()
         if wants_lse and (bias is not None or mask is not None):  # of a query that sees no key it says otherwise
             unseeing = ~mask.any(-1) if mask is not None else (bias == -torch.inf).all(-1)  # type: ignore[union-attr]
             lse = lse.masked_fill(unseeing, -torch.inf)
-        return (
-            out,
-            lse.contiguous() if wants_lse else nothing,
-            lse.clone(memory_format=torch.contiguous_format) if keep else nothing.clone(),
-            nothing.clone(),
-        )
+        return out, lse.clone(memory_format=torch.contiguous_format) if wants_lse else nothing, kept, nothing.clone()
 
     k, v = _repeated(q, k, v)
     out = empty_in_order(q, (*q.shape[:3], v.shape[-1]))
@@ -309,11 +305,9 @@ def _add_extras(
 def _dense_table(table: torch.Tensor, height: int, width: int, queries: slice) -> torch.Tensor:
     """The bias (heads, queries, keys) of some rows of the grid's queries."""
     windows = table.t().unflatten(1, (2 * height - 1, 2 * width - 1)).flip(1, 2)
-    windows = (
-        windows.unfold(1, height, 1).unfold(2, width, 1).flip(1, 2)
-    )  # query's row and column, key's row and column
-    rows = slice(queries.start // width, queries.stop // width)
-    return windows[:, rows].flatten(3).flatten(1, 2)
+    windows = windows.unfold(1, height, 1).unfold(2, width, 1)  # the query's row and column backwards, the key's
+    rows = slice(height - queries.stop // width, height - queries.start // width)
+    return windows[:, rows].flip(1, 2).flatten(3).flatten(1, 2)
 
 
 def _softmax(logits: torch.Tensor, unseeing: torch.Tensor | None) -> torch.Tensor:
@@ -329,8 +323,16 @@ def _keep_scale(dropout_p: float) -> float:
 def _kept(weights: torch.Tensor, rng: torch.Tensor, number: int, dropout_p: float) -> torch.Tensor:
     """Which weights of a block dropout keeps: each has 32 bits of a generator seeded by the block's number."""
     seed, offset = rng.tolist()
-    generator = torch.Generator(weights.device).manual_seed((seed + 0x9E3779B97F4A7C15 * (offset + number)) % 2**63)
+    generator = torch.Generator(weights.device).manual_seed(_mixed(seed + 0x9E3779B97F4A7C15 * (offset + number)))
     bits = torch.empty((weights.numel() + 1) // 2, dtype=torch.int64, device=weights.device)
     bits.random_(-(2**63), None, generator=generator)
     drawn = bits.view(torch.int32)[: weights.numel()].view(weights.shape)
     return drawn >= min(round(dropout_p * 2**32), 2**32 - 1) - 2**31
+
+
+def _mixed(number: int) -> int:
+    """A number of 32 bits, all that a generator on the CPU looks at, from all of 64 (SplitMix64's last step)."""
+    number %= 2**64
+    number = ((number ^ (number >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+    number = ((number ^ (number >> 27)) * 0x94D049BB133111EB) % 2**64
+    return (number ^ (number >> 31)) % 2**32

@@ -135,7 +135,7 @@ def softmax_attention(
             q, k, v, bias, mask, scale=scale, is_causal=is_causal, dropout_p=dropout_p, keep=keep,
             bias_table=bias_table, grid=grid,
         )  # fmt: skip
-    elif chosen == "torch" and plain and (q.device.type != "cpu" or not _needs_grad(q, k, v)):
+    elif chosen == "torch" and plain and _is_for_sdpa(q, k, v, mask, is_causal):
         out = lse = fallback.sdpa(q, k, v, mask, scale, is_causal)
     else:
         rng = None
@@ -337,6 +337,15 @@ def _reference_keep(
         return None
     generator = torch.Generator(q.device).manual_seed(sum(seed.tolist()) % 2**63)
     return torch.rand((*q.shape[:3], k.shape[2]), device=q.device, generator=generator) >= dropout_p
+
+
+def _is_for_sdpa(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, is_causal: bool
+) -> bool:
+    """Whether PyTorch's own operation does a plain call well: on the CPU where it is fused, and without a gradient."""
+    if q.device.type != "cpu" or torch.jit.is_tracing():
+        return True
+    return not _needs_grad(q, k, v) and fallback.fused_fits(q, v, None, mask, None, is_causal, 0.0)
 
 
 def _needs_grad(*tensors: torch.Tensor | None) -> bool:

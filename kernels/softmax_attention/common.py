@@ -175,8 +175,8 @@ def philox(seed, count0, count1, count2, count3):
         count1 = product1.to(tl.uint32)
         count2 = (product0 >> 32).to(tl.uint32) ^ count3 ^ key1
         count3 = product0.to(tl.uint32)
-        key0 += 0x9E3779B9
-        key1 += 0xBB67AE85
+        key0 = tl.add(key0, 0x9E3779B9, sanitize_overflow=False)
+        key1 = tl.add(key1, 0xBB67AE85, sanitize_overflow=False)
     return count0, count1, count2, count3
 
 
