@@ -1602,10 +1602,10 @@ def test_forward_mode_raises(backend, device):
 def test_traces_take_other_sizes():
     for drawn in ({}, {"bias": (2, 1, 1)}):
         for grad in (False, True):
-            q, k, v, *bias = (tensor.requires_grad_(grad) for tensor in draw(**drawn).values())
-            call = lambda q, k, v, bias=bias: attnk.softmax_attention(q, k, v, *bias, is_causal=True)  # noqa: E731
-            traced = torch.jit.trace(call, (q, k, v))
-            other = draw((31, 24), batch=3)
+            tensors = [tensor.requires_grad_(grad) for tensor in draw(**drawn).values()]
+            call = lambda *tensors: attnk.softmax_attention(*tensors, is_causal=True)  # noqa: E731
+            traced = torch.jit.trace(call, tensors)
+            other = draw((31, 24), batch=3, **drawn)
             torch.testing.assert_close(traced(*other.values()), call(*other.values()))
 
 

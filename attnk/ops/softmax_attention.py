@@ -339,9 +339,7 @@ def _reference_keep(
     return torch.rand((*q.shape[:3], k.shape[2]), device=q.device, generator=generator) >= dropout_p
 
 
-def _is_for_sdpa(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, is_causal: bool
-) -> bool:
+def _is_for_sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, is_causal: bool) -> bool:
     """Whether PyTorch's own operation does a plain call well: on the CPU where it is fused, and without a gradient."""
     if q.device.type != "cpu" or torch.jit.is_tracing():
         return True
