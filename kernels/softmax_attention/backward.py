@@ -8,13 +8,13 @@ import triton.language as tl
 
 from attnk.memory import empty_in_order
 
+from ..attention import kept_weights
 from ..tuning import DBIAS_PROGRAMS, DBIAS_SCRATCH_BYTES, SoftmaxAttentionConfig
 from .common import (
     Call,
     add_extras,
     addressed,
     dot_rows,
-    kept_weights,
     load_extras,
     load_row_stats,
     load_tile,

@@ -1,17 +1,11 @@
-"""What the kernels of softmax attention share: tiles, extras, dropout, and the arguments of a call."""
-
-import functools
-import math
+"""What the kernels of softmax attention share: tiles, extras, statistics, and the arguments of a call."""
 
 import torch
 import triton
 import triton.language as tl
 
+from ..attention import LOG2E, divided_strides
 from ..tuning import SoftmaxAttentionConfig, Tile, architecture, softmax_attention_config
-
-LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
-LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
-PHILOX_ROUNDS: tl.constexpr = tl.constexpr(7)  # the fewest that pass BigCrush (Salmon et al., 2011)
 
 
 @triton.jit
@@ -129,58 +123,6 @@ def add_extras(logits, bias, allowed, HAS_BIAS: tl.constexpr, HAS_TABLE: tl.cons
 
 
 @triton.jit
-def kept_weights(
-    rng_ptr, head, start_m, start_n, THRESHOLD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-):
-    """Which weights of a tile dropout keeps, [BLOCK_M, BLOCK_N]; the tile starts at multiples of 16.
-
-    Philox counts (key, query, batch x head, offset), key and query without their bit 3; these two bits name the word.
-    So a weight has its draw whatever the tiles are. A thread holds rows and columns of a product that are 8 apart:
-    it finds all four words in its own tile, whichever way that lies.
-    """
-    seed, offset = tl.load(rng_ptr), tl.load(rng_ptr + 1).to(tl.uint32)
-    queries = (start_m // 2 + tl.arange(0, BLOCK_M // 2)).to(tl.uint32)
-    keys = (start_n // 2 + tl.arange(0, BLOCK_N // 2)).to(tl.uint32)
-    zero = tl.zeros([BLOCK_M // 2, BLOCK_N // 2], tl.uint32)
-    word0, word1, word2, word3 = philox(
-        seed, zero + keys[None, :], zero + queries[:, None], zero + head.to(tl.uint32), zero + offset
-    )
-    odd_m = (tl.arange(0, BLOCK_M) // 8 % 2 == 1)[:, None]
-    odd_n = (tl.arange(0, BLOCK_N) // 8 % 2 == 1)[None, :]
-    word = tl.where(
-        odd_m,
-        tl.where(odd_n, spread(word3, BLOCK_M, BLOCK_N), spread(word2, BLOCK_M, BLOCK_N)),
-        tl.where(odd_n, spread(word1, BLOCK_M, BLOCK_N), spread(word0, BLOCK_M, BLOCK_N)),
-    )
-    return word >= THRESHOLD
-
-
-@triton.jit
-def spread(word, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Give each word to the four places, 8 apart, that share a count."""
-    word = tl.reshape(word, [BLOCK_M // 16, 1, 8, BLOCK_N // 16, 1, 8])
-    word = tl.broadcast_to(word, [BLOCK_M // 16, 2, 8, BLOCK_N // 16, 2, 8])
-    return tl.reshape(word, [BLOCK_M, BLOCK_N])
-
-
-@triton.jit
-def philox(seed, count0, count1, count2, count3):
-    """Philox-4x32 (Salmon et al., 2011), both halves of a product from one instruction, unlike ``tl.philox``."""
-    key0 = seed.to(tl.uint32)
-    key1 = (seed >> 32).to(tl.uint32)
-    for _ in tl.static_range(PHILOX_ROUNDS):
-        product0 = count0.to(tl.uint64) * 0xD2511F53
-        product1 = count2.to(tl.uint64) * 0xCD9E8D57
-        count0 = (product1 >> 32).to(tl.uint32) ^ count1 ^ key0
-        count1 = product1.to(tl.uint32)
-        count2 = (product0 >> 32).to(tl.uint32) ^ count3 ^ key1
-        count3 = product0.to(tl.uint32)
-        key0 = tl.add(key0, 0x9E3779B9, sanitize_overflow=False)
-        key1 = tl.add(key1, 0xBB67AE85, sanitize_overflow=False)
-    return count0, count1, count2, count3
-
-
-@triton.jit
 def load_row_stats(row_max_ptr, log_sum_ptr, offs, mask, LOG2_UNITS: tl.constexpr):
     """Maximum and logarithm of the sum of rows. In units of log 2 the forward kept their sum, which stands for both."""
     row_max = tl.load(row_max_ptr + offs, mask=mask, other=0.0)
@@ -215,26 +157,10 @@ def split_dim(dim: int) -> tuple[int, int]:
     return (main, tail) if tail < main else (2 * main, 0)
 
 
-@functools.lru_cache(maxsize=1024)
-def _strides(tensors: tuple[tuple[torch.Size, tuple[int, ...]], ...]) -> tuple[str, int, list[list[int]]]:
-    """UNIT, ALIGN and the strides of (batch, heads, tokens, dim) tensors, from their sizes and strides.
-
-    Where all tensors are contiguous along one axis, the other strides come divided by ALIGN, the largest power of two
-    up to 16 that divides them all: multiplied back in the kernel, they let the compiler prove alignment, which it
-    otherwise does for multiples of 16 only (heads of 72 would fall to 2-byte loads).
-    """
-    every = [[0 if n == 1 else step for n, step in zip(size, stride, strict=True)] for size, stride in tensors]
-    for unit, axis in (("d", 3), ("n", 2)):
-        if all(size[axis] == 1 or stride[axis] == 1 for size, stride in tensors):
-            align = math.gcd(16, *(step for steps in every for i, step in enumerate(steps) if i != axis))
-            return unit, align, [[0 if i == axis else step // align for i, step in enumerate(steps)] for steps in every]
-    return "any", 1, every
-
-
 def addressed(*tensors: torch.Tensor) -> tuple[dict[str, object], list[int]]:
     """The constexprs and the flat list of strides for these tensors."""
-    unit, align, strides = _strides(tuple((tensor.shape, tensor.stride()) for tensor in tensors))
-    return {"UNIT": unit, "ALIGN": align}, [step for steps in strides for step in steps]
+    unit, align, steps = divided_strides((("d", 3), ("n", 2)), tensors)
+    return {"UNIT": unit, "ALIGN": align}, steps
 
 
 def _broadcast_strides(tensor: torch.Tensor | None) -> list[int | None]:

@@ -6,16 +6,14 @@ import triton.language as tl
 
 from attnk.memory import empty_in_order
 
+from ..attention import LN2, LOG2E, kept_weights
 from ..tuning import SoftmaxAttentionConfig
 from .common import (
-    LN2,
-    LOG2E,
     Call,
     add_extras,
     addressed,
     dot_rows,
     exponential,
-    kept_weights,
     load_extras,
     load_tile,
     store_tile,
