@@ -1,6 +1,6 @@
 """Everything that needs a GPU: the tests marked so, the tuning sweep, the benchmarks. Under ten minutes in all.
 
-    python benchmarks/gpu.py [tests] [tune] [bench] [spatial_gate] [softmax_attention] [--again] [--seconds 480]
+    python benchmarks/gpu.py [tests] [tune] [bench] [spatial_gate] [linear_attention] ... [--again] [--seconds 480]
 
 Each part writes its file into ``benchmarks/results/<device>/``, tuning and benchmarks one for each operation, and is
 skipped once it is complete. They share the seconds, and go on where they stopped when the command is repeated.

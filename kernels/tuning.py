@@ -151,32 +151,40 @@ _LARGE_TILES = (
     _attention_row(2, 64, 4, forward=(64, 64, 4, 3), dq=(128, 64, 8, 2), dkv=(32, 128, 8, 2), dbias=(128, 64, 8, 1)),
     _attention_row(2, 128, 0, forward=(128, 128, 8, 2), dq=(128, 64, 8, 2), dkv=(32, 128, 8, 2), dbias=(128, 64, 8, 1)),
     _attention_row(2, 128, 1, forward=(128, 64, 8, 3), dq=(128, 64, 8, 2), dkv=(32, 128, 8, 2), dbias=(128, 64, 8, 1)),
-    _attention_row(2, 128, 4, forward=(128, 64, 8, 2), dq=(128, 32, 8, 2), dkv=(32, 32, 4, 2), dbias=(128, 64, 8, 1)),
-    _attention_row(2, 256, 0, forward=(128, 64, 8, 2), dq=(128, 32, 8, 2), dkv=(32, 32, 8, 1), dbias=(128, 64, 8, 1)),
+)
+_LARGE_TILES_SM90 = (
+    *_LARGE_TILES,
+    _attention_row(2, 128, 4, forward=(128, 64, 8, 2), dq=(128, 32, 8, 2), dkv=(16, 64, 8, 2), dbias=(128, 64, 8, 1)),
+    _attention_row(2, 256, 0, forward=(128, 64, 8, 2), dq=(128, 32, 8, 2), dkv=(16, 64, 8, 2), dbias=(128, 64, 8, 1)),
+)
+_LARGE_TILES_SM100 = (
+    *_LARGE_TILES,
+    _attention_row(2, 128, 4, forward=(128, 64, 8, 2), dq=(128, 32, 8, 2), dkv=(16, 64, 4, 2), dbias=(128, 64, 8, 1)),
+    _attention_row(2, 256, 0, forward=(128, 32, 8, 2), dq=(128, 64, 8, 1), dkv=(64, 64, 8, 1), dbias=(128, 64, 8, 1)),
 )
 
 SOFTMAX_ATTENTION_TABLE: dict[str, tuple[SoftmaxAttentionRow, ...]] = {
-    # all rows are untuned: the largest tiles of those tried that compile without spills
-    "sm_90": _LARGE_TILES,
-    "sm_100": _LARGE_TILES,
+    # all rows are untuned: the largest tiles of those tried that compile without spills, or float64's least
+    "sm_90": _LARGE_TILES_SM90,
+    "sm_100": _LARGE_TILES_SM100,
     "gfx942": (
         _attention_row(2, 64, 0, forward=(128, 64, 8, 2), dq=(64, 64, 4, 2), dkv=(32, 64, 4, 1), dbias=(64, 64, 4, 1)),
         _attention_row(2, 64, 4, forward=(64, 64, 4, 2), dq=(64, 32, 4, 2), dkv=(32, 32, 4, 1), dbias=(64, 64, 4, 1)),
-        _attention_row(2, 128, 0, forward=(128, 64, 8, 2), dq=(64, 64, 4, 2), dkv=(32, 64, 4, 1), dbias=(32, 32, 4, 1)),
-        _attention_row(2, 128, 4, forward=(64, 32, 8, 1), dq=(64, 32, 8, 1), dkv=(32, 32, 4, 1), dbias=(32, 32, 4, 1)),
-        _attention_row(2, 256, 4, forward=(32, 32, 8, 1), dq=(16, 32, 4, 1), dkv=(16, 16, 4, 1), dbias=(16, 32, 4, 1)),
+        _attention_row(2, 128, 0, forward=(128, 64, 8, 1), dq=(64, 64, 4, 2), dkv=(32, 64, 4, 1), dbias=(32, 32, 4, 1)),
+        _attention_row(2, 128, 4, forward=(64, 32, 8, 1), dq=(64, 32, 4, 1), dkv=(32, 32, 4, 1), dbias=(32, 32, 4, 1)),
+        _attention_row(2, 256, 4, forward=(32, 32, 4, 1), dq=(16, 32, 4, 1), dkv=(16, 16, 4, 1), dbias=(16, 32, 4, 1)),
         _attention_row(4, 128, 4, forward=(16, 32, 4, 1), dq=(16, 16, 4, 1), dkv=(16, 32, 4, 1), dbias=(16, 32, 4, 1)),
         _attention_row(4, 256, 4, forward=(16, 32, 4, 1), dq=(16, 16, 4, 1), dkv=(16, 16, 4, 1), dbias=(16, 32, 4, 1)),
     ),
     "default": (
         _attention_row(2, 64, 0, forward=(128, 64, 8, 2), dq=(64, 32, 8, 1), dkv=(32, 64, 4, 1), dbias=(64, 64, 4, 1)),
         _attention_row(2, 64, 4, forward=(64, 64, 4, 2), dq=(64, 32, 4, 2), dkv=(32, 32, 4, 1), dbias=(64, 64, 4, 1)),
-        _attention_row(2, 128, 0, forward=(128, 64, 8, 2), dq=(64, 32, 8, 2), dkv=(32, 64, 4, 1), dbias=(32, 32, 4, 1)),
+        _attention_row(2, 128, 0, forward=(128, 64, 8, 2), dq=(64, 32, 8, 2), dkv=(32, 64, 8, 1), dbias=(32, 32, 4, 1)),
         _attention_row(2, 128, 4, forward=(64, 32, 8, 1), dq=(32, 32, 8, 1), dkv=(16, 32, 4, 1), dbias=(32, 32, 4, 1)),
         _attention_row(2, 256, 4, forward=(16, 32, 4, 1), dq=(16, 32, 4, 1), dkv=(16, 16, 4, 1), dbias=(16, 32, 4, 1)),
-        _attention_row(4, 64, 4, forward=(64, 32, 8, 1), dq=(32, 32, 8, 1), dkv=(32, 32, 4, 1), dbias=(32, 32, 4, 1)),
-        _attention_row(4, 128, 4, forward=(16, 32, 8, 1), dq=(16, 16, 4, 1), dkv=(16, 32, 8, 1), dbias=(16, 32, 4, 1)),
-        _attention_row(4, 256, 4, forward=(16, 32, 8, 1), dq=(16, 16, 4, 1), dkv=(16, 16, 8, 1), dbias=(16, 32, 4, 1)),
+        _attention_row(4, 64, 4, forward=(64, 16, 8, 1), dq=(32, 32, 8, 1), dkv=(32, 32, 4, 1), dbias=(32, 32, 4, 1)),
+        _attention_row(4, 128, 4, forward=(16, 32, 8, 1), dq=(16, 32, 8, 1), dkv=(32, 16, 8, 2), dbias=(16, 32, 4, 1)),
+        _attention_row(4, 256, 4, forward=(16, 32, 8, 1), dq=(16, 16, 4, 2), dkv=(16, 16, 16, 1), dbias=(16, 32, 4, 1)),
         _attention_row(8, 256, 4, forward=(16, 16, 4, 1), dq=(16, 16, 4, 1), dkv=(16, 16, 4, 1), dbias=(16, 16, 4, 1)),
     ),
 }
@@ -216,3 +224,178 @@ def sdpa_is_faster(arch: str, *, itemsize: int, head_dim: int, tokens: int) -> s
         if itemsize <= row.itemsize and head_dim >= row.head_dim and tokens >= row.tokens:
             return row.source
     return None
+
+
+# Group attention: programs gather several groups of a head while this many programs remain.
+GROUP_PROGRAMS = 2112  # untuned; 16 for each of an H200's multiprocessors
+
+
+@dataclass(frozen=True)
+class GroupTile:
+    """How one kernel of group attention is cut up.
+
+    Attributes:
+        num_warps: warps a program.
+        num_stages: groups whose loads are in flight at once.
+        groups: groups a program, at most.
+    """
+
+    num_warps: int
+    num_stages: int
+    groups: int
+
+
+@dataclass(frozen=True)
+class GroupAttentionConfig:
+    """Group attention's kernels: the forward and the backward."""
+
+    forward: GroupTile
+    backward: GroupTile
+
+
+@dataclass(frozen=True)
+class GroupAttentionRow:
+    """One row: the calls it fits, and their configuration.
+
+    Attributes:
+        itemsize: bytes an element, at most.
+        tokens: of a group, at most.
+        head_dim: of q and k or of v, whichever is larger, at most.
+        config: the configuration.
+    """
+
+    itemsize: int
+    tokens: int
+    head_dim: int
+    config: GroupAttentionConfig
+
+
+def _group_row(itemsize: int, tokens: int, head_dim: int, *, forward: tuple, backward: tuple) -> GroupAttentionRow:
+    """A row whose tiles are written as (num_warps, num_stages, groups)."""
+    return GroupAttentionRow(
+        itemsize, tokens, head_dim, GroupAttentionConfig(GroupTile(*forward), GroupTile(*backward))
+    )
+
+
+GROUP_ATTENTION_TABLE: dict[str, tuple[GroupAttentionRow, ...]] = {
+    "default": (
+        _group_row(2, 16, 128, forward=(1, 2, 16), backward=(1, 1, 16)),
+        _group_row(2, 32, 128, forward=(2, 2, 16), backward=(2, 1, 16)),
+        _group_row(2, 64, 64, forward=(4, 2, 16), backward=(4, 1, 16)),
+        _group_row(2, 64, 128, forward=(4, 1, 16), backward=(8, 1, 16)),
+        _group_row(2, 128, 64, forward=(8, 1, 16), backward=(8, 1, 16)),
+        _group_row(8, 128, 128, forward=(8, 1, 16), backward=(8, 1, 16)),
+    ),
+}
+
+
+def group_attention_config(arch: str, *, itemsize: int, tokens: int, head_dim: int) -> GroupAttentionConfig:
+    """The configuration of one call: the first row that fits, of the architecture's and then of the default ones."""
+    for row in (*GROUP_ATTENTION_TABLE.get(arch, ()), *GROUP_ATTENTION_TABLE["default"]):
+        if itemsize <= row.itemsize and tokens <= row.tokens and head_dim <= row.head_dim:
+            return row.config
+    raise LookupError(f"no row of GROUP_ATTENTION_TABLE[{arch!r}] fits: {itemsize=} {tokens=} {head_dim=}")
+
+
+# Linear attention's slabs of tokens, each with a partial state of its own.
+LINEAR_ATTENTION_PROGRAMS = 1024  # untuned; programs to have before slabs get longer
+LINEAR_ATTENTION_SLAB = 512  # untuned; tokens a slab that is summed, at least: a partial state is worth some 64
+
+
+@dataclass(frozen=True)
+class LinearTile:
+    """How one kernel of linear attention is cut up; the heads' features are never.
+
+    Attributes:
+        block_n: tokens a step.
+        block_v: columns of values at once.
+        num_warps: warps a program.
+        num_stages: steps whose loads are in flight at once.
+    """
+
+    block_n: int
+    block_v: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class LinearAttentionConfig:
+    """Linear attention's kernels: state and output of the forward, and the backward's over queries and over keys."""
+
+    state: LinearTile
+    forward: LinearTile
+    dq: LinearTile
+    dkv: LinearTile
+
+
+@dataclass(frozen=True)
+class LinearAttentionRow:
+    """One row: the calls it fits, and their configuration.
+
+    Attributes:
+        itemsize: bytes an element, at most.
+        head_dim: of q and k or of v, whichever is larger, at most.
+        config: the configuration.
+    """
+
+    itemsize: int
+    head_dim: int
+    config: LinearAttentionConfig
+
+
+def _linear_row(
+    itemsize: int, head_dim: int, *, state: tuple, forward: tuple, dq: tuple, dkv: tuple
+) -> LinearAttentionRow:
+    """A row whose tiles are written as (block_n, block_v, num_warps, num_stages)."""
+    config = LinearAttentionConfig(LinearTile(*state), LinearTile(*forward), LinearTile(*dq), LinearTile(*dkv))
+    return LinearAttentionRow(itemsize, head_dim, config)
+
+
+# Hopper and Blackwell, in 16 bits.
+_LINEAR_WIDE_ROW = _linear_row(
+    2, 256, state=(32, 128, 8, 2), forward=(32, 64, 4, 2), dq=(16, 32, 8, 1), dkv=(32, 32, 8, 1)
+)
+
+LINEAR_ATTENTION_TABLE: dict[str, tuple[LinearAttentionRow, ...]] = {
+    # all rows are untuned: the largest tiles of those tried that compile without spills and leave room for two programs
+    "sm_90": (
+        _linear_row(2, 32, state=(64, 32, 4, 3), forward=(128, 32, 4, 2), dq=(64, 32, 4, 2), dkv=(64, 32, 4, 2)),
+        _linear_row(2, 64, state=(64, 64, 4, 2), forward=(128, 64, 4, 2), dq=(64, 64, 8, 2), dkv=(64, 64, 4, 2)),
+        _linear_row(2, 128, state=(64, 128, 8, 2), forward=(64, 128, 4, 2), dq=(32, 128, 8, 2), dkv=(64, 64, 8, 1)),
+        _LINEAR_WIDE_ROW,
+    ),
+    "sm_100": (
+        _linear_row(2, 32, state=(64, 32, 4, 3), forward=(128, 32, 4, 2), dq=(64, 32, 4, 2), dkv=(64, 32, 4, 2)),
+        _linear_row(2, 64, state=(64, 64, 4, 2), forward=(128, 64, 4, 2), dq=(64, 64, 8, 2), dkv=(64, 64, 4, 2)),
+        _linear_row(2, 128, state=(64, 128, 4, 1), forward=(64, 128, 4, 2), dq=(32, 128, 8, 1), dkv=(64, 64, 8, 1)),
+        _LINEAR_WIDE_ROW,
+    ),
+    "gfx942": (
+        _linear_row(2, 32, state=(64, 32, 4, 2), forward=(128, 32, 4, 2), dq=(64, 32, 4, 2), dkv=(64, 32, 4, 2)),
+        _linear_row(2, 64, state=(64, 64, 4, 2), forward=(128, 64, 4, 1), dq=(64, 64, 4, 2), dkv=(64, 64, 4, 1)),
+        _linear_row(2, 128, state=(64, 128, 4, 2), forward=(64, 64, 4, 2), dq=(64, 64, 4, 1), dkv=(64, 64, 4, 1)),
+        _linear_row(2, 256, state=(64, 128, 8, 1), forward=(32, 32, 4, 2), dq=(16, 64, 4, 1), dkv=(16, 32, 4, 1)),
+        _linear_row(4, 64, state=(32, 32, 4, 1), forward=(32, 32, 4, 1), dq=(32, 32, 4, 1), dkv=(32, 32, 4, 1)),
+        _linear_row(4, 128, state=(32, 32, 4, 1), forward=(32, 32, 4, 1), dq=(16, 32, 4, 1), dkv=(16, 32, 4, 1)),
+        _linear_row(8, 256, state=(16, 32, 4, 1), forward=(16, 32, 4, 1), dq=(16, 16, 4, 1), dkv=(16, 16, 4, 1)),
+    ),
+    "default": (
+        _linear_row(2, 32, state=(64, 32, 4, 3), forward=(128, 32, 4, 1), dq=(64, 32, 4, 2), dkv=(64, 32, 4, 2)),
+        _linear_row(2, 64, state=(64, 64, 4, 2), forward=(128, 64, 4, 2), dq=(64, 64, 8, 2), dkv=(64, 64, 4, 2)),
+        _linear_row(2, 128, state=(64, 128, 8, 2), forward=(32, 128, 8, 1), dq=(32, 32, 8, 2), dkv=(32, 64, 8, 2)),
+        _linear_row(2, 256, state=(64, 64, 8, 1), forward=(16, 64, 4, 1), dq=(16, 16, 8, 1), dkv=(32, 32, 8, 2)),
+        _linear_row(4, 64, state=(64, 64, 4, 2), forward=(32, 64, 8, 1), dq=(16, 32, 4, 1), dkv=(32, 64, 8, 1)),
+        _linear_row(4, 128, state=(32, 64, 8, 1), forward=(16, 64, 8, 1), dq=(16, 32, 8, 1), dkv=(16, 128, 8, 1)),
+        _linear_row(4, 256, state=(16, 32, 4, 1), forward=(16, 32, 4, 1), dq=(16, 16, 4, 1), dkv=(16, 16, 8, 1)),
+        _linear_row(8, 256, state=(16, 32, 4, 1), forward=(16, 32, 4, 1), dq=(16, 16, 4, 1), dkv=(16, 16, 4, 1)),
+    ),
+}
+
+
+def linear_attention_config(arch: str, *, itemsize: int, head_dim: int) -> LinearAttentionConfig:
+    """The configuration of one call: the first row that fits, of the architecture's and then of the default ones."""
+    for row in (*LINEAR_ATTENTION_TABLE.get(arch, ()), *LINEAR_ATTENTION_TABLE["default"]):
+        if itemsize <= row.itemsize and head_dim <= row.head_dim:
+            return row.config
+    raise LookupError(f"no row of LINEAR_ATTENTION_TABLE[{arch!r}] fits: {itemsize=} {head_dim=}")

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-OPS = ("spatial_gate", "softmax_attention")
+OPS = ("spatial_gate", "linear_attention", "softmax_attention")
 
 
 @pytest.fixture(autouse=True)
@@ -100,6 +100,19 @@ def test_io_table_of_softmax_attention_is_plausible(quick_run, harness):
     assert found["bias", "tutorial"] == pytest.approx(10 + 6 * weights + 2.5 * weights, abs=1e-3)
     assert found["", "attnk"] == 4
     assert found["bias", "attnk"] == pytest.approx(4 + weights / 2, abs=1e-3)
+
+
+def test_io_table_of_linear_attention_is_plausible(quick_run, harness):
+    path, output = quick_run
+    assert "linear_attention: io, counted" in output
+    records = records_of(harness, path, "linear_attention", "io")
+    found = {(record["extra"], record["provider"]): (record["forward_S"], record["backward_S"]) for record in records}
+    state = 16 / 25  # a number of q, its sums not counted
+    assert found["relu", "attnk"] == pytest.approx((4 + 2 * state, 7 + 3 * state), abs=0.15)
+    assert found["softmax", "attnk"] == pytest.approx((4 + 2 * state, 7 + 6 * state), abs=0.3)
+    for feature_map in ("relu", "softmax"):
+        pairs = zip(found[feature_map, "attnk"], found[feature_map, "tutorial"], strict=True)
+        assert all(ours < theirs for ours, theirs in pairs)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -411,12 +424,12 @@ def test_gpu_steps_share_the_time(harness):
     everything = gpu.steps([], ops)
     assert everything == [("tests", ""), *((part, op) for part in ("tune", "bench") for op in ops)]
     assert gpu.steps(["bench", "softmax_attention"], ops) == [("bench", "softmax_attention")]
-    assert gpu.steps(["softmax_attention"], ops) == [("tests", ""), ("tune", ops[1]), ("bench", ops[1])]
-    assert gpu.share([("bench", ops[1])], 500) == 500
+    assert gpu.steps(["softmax_attention"], ops) == [("tests", ""), ("tune", ops[2]), ("bench", ops[2])]
+    assert gpu.share([("bench", ops[2])], 500) == 500
     left, total = 480.0, 0.0
     for position in range(len(everything)):
         seconds = gpu.share(everything[position:], left - total)
-        assert seconds > 50
+        assert seconds > 35
         total += seconds
     assert total == pytest.approx(480)
     assert gpu.share(everything, -1) == 0
@@ -552,3 +565,26 @@ def test_attention_is_swept_by_the_kernel(harness, attention):
     assert row == SoftmaxAttentionRow(4, 16, True, SoftmaxAttentionConfig(**values))
     plain = attention.Tuning(attention.AttentionCase("test", 1, 1, 20, 33, 16))
     assert list(plain.start) == ["forward", "dq", "dkv"]
+
+
+@interpreted
+def test_linear_attention_is_swept_by_the_kernel(harness):
+    from attnk.kernels.tuning import LinearAttentionConfig, LinearAttentionRow, LinearTile
+
+    cases = importlib.import_module("linear_attention_cases")
+    tuning = cases.Tuning(cases.LinearCase("test", 1, 2, 40, 16, "elu"))
+    expected = tuning.results(tuning.start)
+    for part, tile in tuning.start.items():
+        other = next(other for other in tuning.candidates(part, tile) if other.block_n != tile.block_n)
+        got = tuning.results(tuning.start | {part: other})
+        for name in ("out", "dq", "dk", "dv"):
+            torch.testing.assert_close(got[name], expected[name])
+        ((_, timed),) = tuning.works(part, tuning.start | {part: other}).values()
+        with harness.captured_launches() as launches:
+            timed(None)
+        ((launched, _),) = launches
+        assert launched.endswith(cases.TILE_KERNELS[part])
+    values = tuning.start | {"dq": LinearTile(64, 128, 8, 2)}
+    names = {kind.__name__: kind for kind in (LinearAttentionConfig, LinearAttentionRow, LinearTile)}
+    row = eval(tuning.row(values).rstrip(","), names)
+    assert row == LinearAttentionRow(4, 16, LinearAttentionConfig(**values))

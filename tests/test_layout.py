@@ -85,11 +85,17 @@ def test_there_are_operations():
 
 
 @pytest.mark.parametrize("stem", STEMS)
-@pytest.mark.parametrize(
-    "place", ["attnk/ops/{}.py", "attnk/reference/{}.py", "tests/test_{}.py", "benchmarks/bench_{}.py"]
-)
+@pytest.mark.parametrize("place", ["attnk/ops/{}.py", "attnk/reference/{}.py", "tests/test_{}.py"])
 def test_a_stem_names_one_operation_everywhere(stem, place):
     assert (ROOT / place.format(stem)).is_file()
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_every_operation_has_its_benchmarks(stem):
+    """Of the stem, or of the public functions that are called instead of it."""
+    called = {"group_attention": ("axial_attention", "window_attention")}.get(stem, (stem,))
+    for name in called:
+        assert (ROOT / f"benchmarks/bench_{name}.py").is_file(), name
 
 
 def test_no_operation_without_a_stem():
@@ -132,7 +138,7 @@ def test_names_and_order_of_kernels(stem):
 
 def test_kernels_import_little():
     own_shared = [f"attnk.kernels.{name}" for name in ("attention", "tiles", "tuning")]
-    shared = ("torch", "triton", "attnk.memory", *own_shared)
+    shared = ("torch", "triton", "attnk.groups", "attnk.memory", *own_shared)
     for path in sorted(KERNELS.rglob("*.py")):
         own = [name_of(path) if path.name == "__init__.py" else name_of(path).rpartition(".")[0]]
         assert not offences([path], *shared, *(own if path.parent != KERNELS else []))
@@ -142,8 +148,8 @@ def test_kernels_import_little():
 
 @pytest.mark.parametrize("folder", ["reference", "fallback"])
 def test_plain_torch(folder):
-    assert not offences(files(folder), "torch", "attnk.memory", f"attnk.{folder}")
-    assert not offences([PACKAGE / "memory.py"], "torch")
+    assert not offences(files(folder), "torch", "attnk.groups", "attnk.memory", f"attnk.{folder}")
+    assert not offences([PACKAGE / "groups.py", PACKAGE / "memory.py"], "torch")
 
 
 def test_operations_stand_on_their_floor():
@@ -152,7 +158,7 @@ def test_operations_stand_on_their_floor():
         own += [f"attnk.{folder}" for folder in ("reference", "fallback")] if path.stem in STEMS else []
         shared = [f"attnk.ops.{name}" for name in ("_calls", "_checks", "_flops", "_vmap")]
         shared += ["attnk.ops.softmax_attention"] if path.stem == "group_attention" else []  # for long groups
-        shared += ["attnk.dispatch", "attnk.memory", "attnk.kernels.tuning", "torch"]
+        shared += ["attnk.dispatch", "attnk.groups", "attnk.memory", "attnk.kernels.tuning", "torch"]
         assert not offences([path], *own, *shared)
         for module, early in imports(path):
             assert not (early and within(module, "attnk.kernels")), f"{path} imports {module} outside a function"

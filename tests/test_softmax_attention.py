@@ -1725,7 +1725,9 @@ def expected_bytes(
     s = 1 if bias is None and table is None else 2
     o_bytes = n_rows * v.shape[-1] * v.element_size()
     qkv = q.nbytes + k.nbytes + v.nbytes
-    extras = sum(extra.numel() * extra.element_size() for extra in (bias, table, mask) if extra is not None)
+    extras = sum(extra.numel() * extra.element_size() for extra in (bias, table) if extra is not None)
+    if mask is not None:
+        extras += mask.numel() * (4 if q.dtype == torch.float64 else 1)
     extras += 16 * dropout  # seed and offset
     counts = {"fwd": (qkv + extras, o_bytes + keep * s * stats + lse * stats)}
     if not keep:

@@ -9,19 +9,25 @@ import torch
 
 pytest.importorskip("triton")
 
+from attnk.kernels import linear_attention as linear
 from attnk.kernels import softmax_attention as attention
 from attnk.kernels import spatial_gate as kernels
 from attnk.kernels.tuning import (
+    LINEAR_ATTENTION_TABLE,
     SOFTMAX_ATTENTION_TABLE,
     SPATIAL_GATE_TABLE,
+    LinearAttentionConfig,
+    LinearTile,
     SoftmaxAttentionConfig,
     SpatialGateConfig,
     Tile,
     architecture,
+    linear_attention_config,
     softmax_attention_config,
     spatial_gate_config,
 )
 
+from attnk.reference.linear_attention import linear_attention_reference
 from attnk.reference.softmax_attention import softmax_attention_reference
 from attnk.reference.spatial_gate import spatial_gate_reference
 from attnk.testing import ARCHITECTURES, Meter, assert_matches_reference, record_launches
@@ -285,4 +291,83 @@ def test_attention_blocks_match_reference(config, is_causal, device):
     expected, _ = softmax_attention_reference(*leaves, scale=0.3, is_causal=is_causal)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
     for name, got, correct in zip(shapes, gradients, torch.autograd.grad(expected, leaves, dout), strict=False):
+        torch.testing.assert_close(got, correct, rtol=0, atol=1e-12, msg=lambda words, name=name: f"{name}: {words}")
+
+
+# Linear attention
+
+LINEAR_ROWS = [(arch, number) for arch, rows in LINEAR_ATTENTION_TABLE.items() for number in range(len(rows))]
+LINEAR_CALLS = list(itertools.product(DTYPES, range(1, 257)))  # bytes an element, head dimension
+LINEAR_KERNELS = tuple(field.name for field in dataclasses.fields(LinearAttentionConfig))
+
+
+def distinct_linear_blocks() -> list[LinearAttentionConfig]:
+    """Few configurations in which every block size of every kernel of the table occurs; warps are a GPU's."""
+    rows = [row for rows in LINEAR_ATTENTION_TABLE.values() for row in rows]
+    blocks = {
+        name: sorted({(tile.block_n, tile.block_v) for row in rows for tile in [getattr(row.config, name)]})
+        for name in LINEAR_KERNELS
+    }
+    return [
+        LinearAttentionConfig(**{name: LinearTile(*sizes[i % len(sizes)], 4, 1) for name, sizes in blocks.items()})
+        for i in range(max(map(len, blocks.values())))
+    ]
+
+
+@pytest.mark.parametrize(("arch", "number"), LINEAR_ROWS)
+def test_some_call_selects_the_linear_row(arch, number):
+    config = LINEAR_ATTENTION_TABLE[arch][number].config
+    assert any(
+        linear_attention_config(arch, itemsize=itemsize, head_dim=dim) is config for itemsize, dim in LINEAR_CALLS
+    ), "a row above it fits every call that it fits"
+
+
+@pytest.mark.parametrize("arch", [*LINEAR_ATTENTION_TABLE, "sm_75"])
+def test_every_linear_call_has_a_row(arch):
+    for itemsize, dim in LINEAR_CALLS:
+        assert isinstance(linear_attention_config(arch, itemsize=itemsize, head_dim=dim), LinearAttentionConfig)
+
+
+def test_a_hole_in_the_linear_table_is_told(monkeypatch):
+    monkeypatch.setitem(LINEAR_ATTENTION_TABLE, "default", ())
+    words = r"LINEAR_ATTENTION_TABLE\['sm_75'\] fits: itemsize=2 head_dim=64"
+    with pytest.raises(LookupError, match=words):
+        linear_attention_config("sm_75", itemsize=2, head_dim=64)
+
+
+@pytest.mark.parametrize(("arch", "number"), LINEAR_ROWS)
+def test_linear_tiles_are_powers_of_two(arch, number):
+    for name in LINEAR_KERNELS:
+        tile = getattr(LINEAR_ATTENTION_TABLE[arch][number].config, name)
+        for value in (tile.block_n, tile.block_v, tile.num_warps):
+            assert value & (value - 1) == 0 < value
+        assert min(tile.block_n, tile.block_v) >= 16  # of matrix products
+        assert tile.num_warps <= 16
+        assert tile.num_stages >= 1
+
+
+def test_linear_keys_are_architectures():
+    assert "default" in LINEAR_ATTENTION_TABLE
+    assert set(LINEAR_ATTENTION_TABLE) <= {"default", *ARCHITECTURES}
+
+
+@runs_kernels
+@pytest.mark.parametrize("feature_map", ["elu", "softmax"])
+@pytest.mark.parametrize("config", distinct_linear_blocks(), ids=lambda config: f"state{config.state.block_n}")
+def test_linear_blocks_match_reference(config, feature_map, device):
+    """Whole blocks of tokens and of values, and a rest of each kernel's."""
+    n_tokens, v_dim = (
+        max(getattr(getattr(config, name), size) for name in LINEAR_KERNELS) + 3 for size in ("block_n", "block_v")
+    )
+    shapes = dict.fromkeys("qk", (1, 1, n_tokens, 16)) | {"v": (1, 1, n_tokens, v_dim)}
+    inputs = [torch.randn(shape, dtype=torch.float64, device=device) for shape in shapes.values()]
+    dout = torch.randn(1, 1, n_tokens, v_dim, dtype=torch.float64, device=device)
+    options = (feature_map, 0.0 if feature_map == "softmax" else 1.0)
+    out, *kept = linear.linear_attention_forward(*inputs, *options, config=config)
+    gradients = linear.linear_attention_backward(dout, *inputs, *kept, *options, True, True, config=config)
+
+    leaves = [tensor.requires_grad_() for tensor in inputs]
+    expected = linear_attention_reference(*leaves, feature_map=options[0], eps=options[1])
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+    for name, got, correct in zip(shapes, gradients, torch.autograd.grad(expected, leaves, dout), strict=True):
         torch.testing.assert_close(got, correct, rtol=0, atol=1e-12, msg=lambda words, name=name: f"{name}: {words}")

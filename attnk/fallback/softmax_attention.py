@@ -141,6 +141,7 @@ def softmax_attention_backward(
     nothing = q.new_empty(0), k.new_empty(0), v.new_empty(0), q.new_empty(0), q.new_empty(0)
     if (
         fused_fits(q, v, bias, mask, table, is_causal, dropout_p)
+        and row_max.numel()
         and not needs_dbias
         and dlse is None
         and (bias is None or not (row_max < NEVER_A_LOGIT).logical_and(row_max > -torch.inf).any())

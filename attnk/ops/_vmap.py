@@ -10,6 +10,7 @@ Mapped = tuple[tuple[torch.Tensor, ...], tuple[int | None, ...]]
 
 def each_example(function: Any, size: int, in_dims: tuple, args: tuple) -> Mapped:
     """Apply a Function to one example after another and stack what it returns."""
+    in_dims = tuple(dim if isinstance(dim, int) else None for dim in in_dims)  # of a list it is a list
     moved = [arg if dim is None else arg.movedim(dim, 0) for arg, dim in zip(args, in_dims, strict=True)]
     calls = [
         function.apply(*(arg if dim is None else arg[i] for arg, dim in zip(moved, in_dims, strict=True)))

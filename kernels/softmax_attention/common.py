@@ -201,7 +201,8 @@ class Call:
         self.logit_scale = scale * (1.0 if has_bias else LOG2E.value)
         self.acc_dtype = torch.float64 if double else torch.float32
         if mask is not None:
-            mask = mask.view(torch.uint8)
+            # beside a tensor of 8 bits the compiler finds no product of float64 on NVIDIA
+            mask = mask.to(torch.int32) if double else mask.view(torch.uint8)
         if table is not None:
             table = table.t().contiguous()  # a query's keys on one row of the grid read neighbouring entries
         self.q = q
