@@ -18,7 +18,7 @@ import harness
 import torch
 
 ROOT = Path(__file__).parents[1]
-SHARES = {"tests": 300, "tune": 150, "bench": 240}  # of the time, by part; every operation's tuning has one, and so on
+SHARES = {"tests": 300, "tune": 120, "bench": 200}  # of the time, by part; every operation's tuning has one, and so on
 SECONDS = 480  # ten minutes, less what starting takes and the cases that are begun in time and end later
 
 Step = tuple[str, str]  # part, operation; the tests are of all operations

@@ -12,6 +12,7 @@ import gc
 import importlib
 import itertools
 import json
+import math
 import os
 import platform
 import statistics
@@ -409,6 +410,12 @@ def summary(seconds: list[float]) -> dict[str, float]:
     """Median and quartiles, in microseconds."""
     low, middle, high = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else seconds * 3
     return {"median_us": round(1e6 * middle, 2), "quartiles_us": [round(1e6 * low, 2), round(1e6 * high, 2)]}
+
+
+def exponent(points: list[tuple[float, float]]) -> float:
+    """The power of x that y follows: the slope of the line nearest to the points (x, y) on logarithmic axes."""
+    x, y = ([math.log(value) for value in values] for values in zip(*points, strict=True))
+    return statistics.linear_regression(x, y).slope
 
 
 def device_name() -> str:

@@ -5,10 +5,10 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
-import harness
 import torch
 import torch.nn.functional as F
 from harness import DTYPES, Provider
+from tile_tuning import TileTuning
 from torch import Tensor
 
 from attnk.ops.linear_attention import PUBLISHED_EPS, linear_attention
@@ -227,24 +227,15 @@ def tuned_case(options: argparse.Namespace) -> LinearCase:
     return LinearCase("tuned", batch, heads, tokens, head_dim, feature_map, options.dtype, device="cuda")
 
 
-class Tuning:
-    """Linear attention's part of a sweep: each kernel's tile by itself, timed as that kernel's own launches.
-
-    Raises:
-        harness.WrongResult: what the table's configuration computes is wrong.
-    """
+class Tuning(TileTuning):
+    """Linear attention's part of a sweep."""
 
     def __init__(self, case: LinearCase) -> None:
         from attnk.kernels import linear_attention as kernels
         from attnk.kernels.tuning import LinearAttentionConfig
 
-        self.case, self.kernels, self.config = case, kernels, LinearAttentionConfig
-        self.inputs, self.dout = case.inputs()
-        self.provider = Provider("attnk", case.attnk_kernels)
-        found = {"tutorial": Provider("tutorial", case.tutorial), "attnk": self.provider}
-        harness.check(case, found, self.inputs, self.dout)
-        table = case.table_config()
-        self.start = {part: getattr(table, part) for part in TILE_KERNELS}
+        key = f"{case.itemsize}, {case.head_dim}"
+        super().__init__(case, kernels, "linear_attention_config", LinearAttentionConfig, TILE_KERNELS, key, "")
 
     def candidates(self, part: str, best: Any) -> Iterator[Any]:
         """Tiles one step from the best so far."""
@@ -265,35 +256,6 @@ class Tuning:
             blocks = 16 <= tile.block_n <= 256 and 16 <= tile.block_v <= max(v, self.case.head_dim)
             if blocks and 1 <= tile.num_warps <= 16 and 1 <= tile.num_stages <= 4:
                 yield tile
-
-    def results(self, values: dict[str, Any]) -> dict[str, Tensor]:
-        """What is computed with a configuration."""
-        config = self.config(**(self.start | values))
-        with harness.replaced(self.kernels, "linear_attention_config", lambda *args, **kwargs: config):
-            out = self.provider.forward(self.inputs)
-            grads = self.provider.backward(out, self.inputs, self.dout)
-        return dict(zip(("out", "dq", "dk", "dv"), (out.detach(), *grads), strict=True))
-
-    def works(self, part: str, values: dict[str, Any]) -> dict[str, harness.Work]:
-        """What is timed of it: the launches of the part's kernel, with the arguments they had."""
-        with harness.captured_launches() as launches:
-            self.results(values)
-        own = [launch for name, launch in launches if name.endswith(TILE_KERNELS[part])]
-
-        def timed(_: Any) -> None:
-            for launch in own:
-                launch()
-
-        return {part: (lambda: None, timed)}
-
-    def row(self, values: dict[str, Any]) -> str:
-        """The lines of the table that say it."""
-        tiles = ", ".join(
-            f"{part}=LinearTile({', '.join(map(str, dataclasses.astuple(tile)))})"
-            for part, tile in (self.start | values).items()
-        )
-        key = f"{self.case.itemsize}, {self.case.head_dim}"
-        return f"LinearAttentionRow({key}, LinearAttentionConfig(\n    {tiles},\n)),"
 
 
 # The picture

@@ -5,6 +5,7 @@ python benchmarks/plot.py benchmarks/results/cpu/results.json
 
 import argparse
 import io
+import math
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ MANY = 5  # bars in a group whose numbers must stand upright
 # What an operation's ``panels(records)`` gives, in rows. Bars have records, a title, "label" (of a record, below its
 # bars), "section" (of a record, a name below several labels), and may have "value", the column that is drawn instead
 # of times_tutorial, its "ylabel", and a "scale", which panels of one axis range share. Lines have "x" (of a record) and
-# "xlabel" instead; what is drawn is memory.
+# "xlabel" instead, and may have "column" and "unit", what is drawn instead of peak_mib and what it is multiplied by,
+# its "ylabel", and "exponent": True where names tell the power of x that a line follows.
 Panel = dict[str, Any]
 
 
@@ -83,7 +85,15 @@ def _draw_panels(op: str, grid: list[list[Panel]], conditions: dict[str, Any], p
     height = 3.1 * len(grid) + 0.75 + 0.18 * len(caption.splitlines())
     figure = Figure(figsize=(width, height), facecolor="white")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(len(grid), len(grid[0]), squeeze=False)
+    parts = math.lcm(*map(len, grid))
+    places = figure.add_gridspec(len(grid), parts)
+    axes = [
+        [
+            figure.add_subplot(places[y, x * parts // len(row) : (x + 1) * parts // len(row)])
+            for x in range(len(row))
+        ]
+        for y, row in enumerate(grid)
+    ]  # fmt: skip
     highest: dict[str, float] = {}
     for panel in (panel for row in grid for panel in row if "x" not in panel):
         values = [record[panel.get("value", "times_tutorial")] for record in panel["records"]]
@@ -99,7 +109,8 @@ def _draw_panels(op: str, grid: list[list[Panel]], conditions: dict[str, Any], p
             axis.set_title(panel["title"], fontsize=11.5, loc="left")
             for side in ("top", "right"):
                 axis.spines[side].set_visible(False)
-        axes_row[0].set_ylabel(row[0].get("ylabel", "MiB" if "x" in row[0] else TIMES), fontsize=10)
+            if axis is axes_row[0] or "ylabel" in panel or "x" in panel:
+                axis.set_ylabel(panel.get("ylabel", "MiB" if "x" in panel else TIMES), fontsize=10)
     handles = {name: handles[name] for name in COLOURS if name in handles}
     figure.text(0.012, 1 - 0.14 / height, cases.TITLE, ha="left", va="top", fontsize=15, weight="bold")
     if handles:
@@ -173,19 +184,23 @@ def _draw_bars(axis: Any, panel: Panel, highest: float) -> dict[str, Any]:
 
 
 def _draw_lines(axis: Any, panel: Panel) -> None:
-    """Memory over a size, both axes logarithmic; every line has its name at its end."""
+    """Memory, or another column, over a size, both axes logarithmic; every line has its name at its end."""
+    column, unit = panel.get("column", "peak_mib"), panel.get("unit", 1)
     ticks = sorted({panel["x"](record) for record in panel["records"]})
-    ends: dict[int, list[tuple[float, str]]] = {}
+    ends: dict[int, list[tuple[float, str, str]]] = {}
     for name in COLOURS:
         points = sorted(
-            (panel["x"](record), record["peak_mib"]) for record in panel["records"] if record["provider"] == name
+            (panel["x"](record), record[column] * unit) for record in panel["records"] if record["provider"] == name
         )
         if points:
             axis.plot(*zip(*points, strict=True), color=COLOURS[name], marker="o", markersize=4, linewidth=1.8)
-            ends.setdefault(points[-1][0], []).append((points[-1][1], name))
+            words = f"{name}, {points[-1][1]:,.0f}"
+            if panel.get("exponent") and len(points) > 1:
+                words = f"{name}, n^{harness.exponent(points):.2f}"
+            ends.setdefault(points[-1][0], []).append((points[-1][1], name, words))
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
-    axis.set_xlim(ticks[0] / 1.15, ticks[-1] * 1.9)
+    axis.set_xlim(ticks[0] / 1.15, ticks[-1] * (ticks[-1] / ticks[0]) ** 0.25)
     axis.set_xticks(ticks, [str(tick) for tick in ticks], fontsize=8.5)
     axis.set_xlabel(panel["xlabel"], fontsize=9.5)
     low, high = axis.get_ylim()
@@ -193,9 +208,9 @@ def _draw_lines(axis: Any, panel: Panel) -> None:
     axis.set_ylim(low, high * gap)  # for the upper of two names at the top
     for x, members in ends.items():
         previous = 0.0
-        for y, name in sorted(members):
+        for y, name, words in sorted(members):
             previous = max(y, previous * gap)
-            axis.annotate(f"{name}, {y:,.0f}", (x, previous), xytext=(7, 0), textcoords="offset points", va="center",
+            axis.annotate(words, (x, previous), xytext=(7, 0), textcoords="offset points", va="center",
                           fontsize=9, color="0.25" if name == "tutorial" else COLOURS[name])  # fmt: skip
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.grid(color="0.92", zorder=0)

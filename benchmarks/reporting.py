@@ -213,15 +213,22 @@ def report_memory(benchmark: Any, case: Case, provider: str, which: str, compile
     return peak
 
 
-def report_aot(benchmark: Any, op: str, launches: Iterable[Any], architecture: str, **fields: str) -> None:
-    """Compile recorded launches for an architecture and report what they need; ``fields`` name the case."""
+def report_aot(
+    benchmark: Any, op: str, launches: Iterable[Any], architecture: str, *, kernels: str = "", **fields: str
+) -> None:
+    """Compile recorded launches for an architecture and report what they need.
+
+    Args:
+        kernels: what the kernels' names begin with, where it is not the operation's name.
+        fields: name the case.
+    """
     from attnk.testing import compile_launch
 
     def compile_all() -> list[Any]:
         return [compile_launch(launch, architecture) for launch in launches]
 
     for found in benchmark.pedantic(compile_all, rounds=1):
-        name = found.kernel.removeprefix(f"_{op}_").removesuffix("_kernel")
+        name = found.kernel.removeprefix(f"_{kernels or op}_").removesuffix("_kernel")
         resources = {"registers": found.registers, "spilled": found.spilled, "shared": found.shared}
         benchmark.extra_info[name] = resources
         harness.record("aot", op=op, **fields, architecture=architecture, kernel=name, **resources)

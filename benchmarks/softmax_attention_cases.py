@@ -11,10 +11,10 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
-import harness
 import torch
 import torch.nn.functional as F
 from harness import DTYPES, SEED, Provider, WrongResult
+from tile_tuning import TileTuning
 from torch import Tensor, nn
 
 from attnk.ops.softmax_attention import softmax_attention
@@ -592,32 +592,16 @@ def tuned_case(options: argparse.Namespace) -> AttentionCase:
     return AttentionCase("tuned", batch, heads, tokens, tokens, head_dim, options.extra, options.dtype, device="cuda")
 
 
-class Tuning:
-    """Softmax attention's part of a sweep: each kernel's tile by itself, timed as that kernel's own launches.
-
-    Raises:
-        harness.WrongResult: what the table's configuration computes is wrong.
-    """
+class Tuning(TileTuning):
+    """Softmax attention's part of a sweep."""
 
     def __init__(self, case: AttentionCase) -> None:
         from attnk.kernels.softmax_attention import common
         from attnk.kernels.tuning import SoftmaxAttentionConfig
 
-        self.case, self.kernels, self.config = case, common, SoftmaxAttentionConfig
-        self.inputs, self.dout = case.inputs()
-        self.provider = Provider("attnk", case.attnk_kernels)
-        found = {"tutorial": Provider("tutorial", case.tutorial), "attnk": self.provider}
-        harness.check(case, found, self.inputs, self.dout)
-        table = case.table_config()
-        self.tiles = {part: getattr(table, part) for part in TILE_KERNELS}
-        with harness.captured_launches() as launches:
-            self.results(self.tiles)
-        launched = {name for name, _ in launches}
-        self.start = {
-            part: tile
-            for part, tile in self.tiles.items()
-            if any(name.endswith(TILE_KERNELS[part]) for name in launched)
-        }
+        key = f"{case.itemsize}, {case.head_dim}, {bool(case.extra)}"
+        config = SoftmaxAttentionConfig
+        super().__init__(case, common, "softmax_attention_config", config, TILE_KERNELS, key, case.extra)
 
     def candidates(self, part: str, best: Any) -> Iterator[Any]:
         """Tiles one step from the best so far."""
@@ -642,37 +626,6 @@ class Tuning:
             blocks = all(16 <= block <= 256 for block in (tile.block_m, tile.block_n))
             if blocks and 1 <= tile.num_warps <= 16 and 1 <= tile.num_stages <= 4 and 4 <= logits <= 256:
                 yield tile
-
-    def results(self, values: dict[str, Any]) -> dict[str, Tensor]:
-        """What is computed with a configuration."""
-        torch.manual_seed(SEED)
-        config = self.config(**(self.tiles | values))
-        with harness.replaced(self.kernels, "softmax_attention_config", lambda *args, **kwargs: config):
-            out = self.provider.forward(self.inputs)
-            grads = self.provider.backward(out, self.inputs, self.dout)
-        names = ("out", "dq", "dk", "dv", f"d{self.case.extra}")
-        return dict(zip(names, (out.detach(), *grads), strict=False))
-
-    def works(self, part: str, values: dict[str, Any]) -> dict[str, harness.Work]:
-        """What is timed of it: the launches of the part's kernel, with the arguments they had."""
-        with harness.captured_launches() as launches:
-            self.results(values)
-        own = [launch for name, launch in launches if name.endswith(TILE_KERNELS[part])]
-
-        def timed(_: Any) -> None:
-            for launch in own:
-                launch()
-
-        return {part: (lambda: None, timed)}
-
-    def row(self, values: dict[str, Any]) -> str:
-        """The lines of the table that say it."""
-        tiles = ", ".join(
-            f"{part}=Tile({', '.join(map(str, dataclasses.astuple(tile)))})"
-            for part, tile in (self.tiles | values).items()
-        )
-        key = f"{self.case.itemsize}, {self.case.head_dim}, {bool(self.case.extra)}"
-        return f"SoftmaxAttentionRow({key}, SoftmaxAttentionConfig(\n    {tiles},\n)),"
 
 
 # The picture

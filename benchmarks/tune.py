@@ -5,7 +5,7 @@
 
 The sweep starts from the configuration that the table has and changes one thing at a time, keeping what is faster,
 until nothing is or the time is spent. What counts stands in the operation's ``Tuning``: for the spatial gate forward
-(keeping for the backward) plus backward, for softmax attention each kernel by itself.
+(keeping for the backward) plus backward, for attention each kernel by itself.
 """
 
 import argparse
@@ -20,6 +20,10 @@ import harness
 import torch
 
 TRIALS, FINAL_ROUNDS = 7, 25
+EXTRAS = (
+    "bias, table or dropout of softmax attention; relu, elu or softmax of linear attention; row, column, sum or "
+    "criss_cross of axial attention; shift, table or 'shift, table' of window attention"
+)
 WORTH = 0.98  # times the best so far: what is not 2 % faster is noise
 
 
@@ -156,10 +160,12 @@ def main() -> None:
     ops = harness.operations()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("op", nargs="?", choices=ops, default=harness.FIRST_OP, help="default: %(default)s")
-    parser.add_argument("--shape", help="BxCxHxW of a map; BxHEADSxTOKENSxD of attention")
+    parser.add_argument(
+        "--shape", help="BxCxHxW of a map; BxHEADSxTOKENSxD of attention, BxHEIGHTxWIDTHxHEADSxD in groups"
+    )
     parser.add_argument("--dtype", choices=harness.DTYPES, default="fp16")
     parser.add_argument("--channels-last", action="store_true", help="of a map")
-    parser.add_argument("--extra", choices=("bias", "table", "dropout"), default="", help="of attention")
+    parser.add_argument("--extra", default="", help=f"what there is besides: {EXTRAS}")
     parser.add_argument("--seconds", type=float, default=60, help="when to stop trying (default: %(default)s)")
     options = parser.parse_args()
     if not torch.cuda.is_available():

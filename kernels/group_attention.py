@@ -29,7 +29,14 @@ from attnk.groups import table_gradient
 from attnk.memory import empty_in_order
 
 from .attention import LOG2E, divided_strides, kept_weights
-from .tuning import GROUP_PROGRAMS, GroupAttentionConfig, GroupTile, architecture, group_attention_config
+from .tuning import (
+    DBIAS_GROUP_PROGRAMS,
+    GROUP_PROGRAMS,
+    GroupAttentionConfig,
+    GroupTile,
+    architecture,
+    group_attention_config,
+)
 
 UNITS = (("d", 4), ("x", 2))
 
@@ -138,8 +145,9 @@ def masked_logits(
 def _group_attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, bias_ptr, table_ptr, rng_ptr, out_ptr, lse_ptr,
     scale,
-    heads, height, width, n_tokens, n_groups, all_groups, groups_per_program, qk_dim, v_dim, span,
-    window_h, window_w, shift_h, shift_w, dilation_h, dilation_w, padded_h, padded_w,
+    heads, height, width, n_tokens, n_groups, all_groups, groups_per_program,
+    qk_dim: tl.constexpr, v_dim: tl.constexpr, span,
+    window_h: tl.constexpr, window_w: tl.constexpr, shift_h, shift_w, dilation_h, dilation_w, padded_h, padded_w,
     stride_bias_h, stride_bias_m, stride_bias_n,
     stride_qb, stride_qy, stride_qx, stride_qh, stride_qd,
     stride_kb, stride_ky, stride_kx, stride_kh, stride_kd,
@@ -195,6 +203,7 @@ def _group_attention_fwd_kernel(
             lse = row_max + tl.log(row_sum)
             if JOIN == "softmax":
                 other = tl.load(lse_ptr + offs_r, mask=exists, other=0.0)
+                tl.debug_barrier()  # warps that hold the same rows read before one of them writes
                 largest = tl.maximum(lse, other)
                 both = largest + tl.log(tl.exp(lse - largest) + tl.exp(other - largest))
                 factor *= tl.exp(lse - both)
@@ -203,7 +212,8 @@ def _group_attention_fwd_kernel(
         if THRESHOLD > 0:
             draw = (group * heads + h) * 2 + (1 if LAYOUT == "column" else 0)
             keep = kept_weights(rng_ptr, draw, 0, 0, THRESHOLD, BLOCK, BLOCK)
-            weights = tl.where(keep, weights * KEEP_SCALE, 0.0)
+            weights = tl.where(keep, weights, 0.0)
+            factor *= KEEP_SCALE
         out = tl.dot(weights.to(v.dtype), v, input_precision=PRECISION, out_dtype=ACC) * factor[:, None]
         ptrs = tile_pointers(
             out_ptr, b, h, y, x, offs_v, stride_ob, stride_oy, stride_ox, stride_oh, stride_od, UNIT, ALIGN
@@ -220,8 +230,9 @@ def _group_attention_bwd_kernel(
     q_ptr, k_ptr, v_ptr, bias_ptr, table_ptr, rng_ptr, out_ptr, lse_ptr, dout_ptr,
     dq_ptr, dk_ptr, dv_ptr, partial_ptr,
     scale, dq_scale, dk_scale,
-    heads, height, width, n_tokens, n_groups, all_groups, groups_per_program, qk_dim, v_dim, span,
-    window_h, window_w, shift_h, shift_w, dilation_h, dilation_w, padded_h, padded_w,
+    heads, height, width, n_tokens, n_groups, all_groups, groups_per_program,
+    qk_dim: tl.constexpr, v_dim: tl.constexpr, span,
+    window_h: tl.constexpr, window_w: tl.constexpr, shift_h, shift_w, dilation_h, dilation_w, padded_h, padded_w,
     stride_bias_h, stride_bias_m, stride_bias_n,
     stride_qb, stride_qy, stride_qx, stride_qh, stride_qd,
     stride_kb, stride_ky, stride_kx, stride_kh, stride_kd,
@@ -294,13 +305,24 @@ def _group_attention_bwd_kernel(
             row_sum = tl.sum(weights, 1)
             weights *= (1.0 / tl.where(row_sum == 0.0, 1.0, row_sum))[:, None]
             weights = tl.where(exists[:, None], weights, 0.0)
-        dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)
         dropped = weights
         if THRESHOLD > 0:
             draw = (group * heads + h) * 2 + (1 if LAYOUT == "column" else 0)
             keep = kept_weights(rng_ptr, draw, 0, 0, THRESHOLD, BLOCK, BLOCK)
+            dropped = tl.where(keep, weights, 0.0)
+        if NEEDS_DKV:
+            dv = tl.dot(tl.trans(dropped.to(dout.dtype)), dout, input_precision=PRECISION, out_dtype=ACC)
+            if THRESHOLD > 0:
+                dv *= KEEP_SCALE
+            ptrs = tile_pointers(
+                dv_ptr, b, h, y, x, offs_v, stride_dvb, stride_dvy, stride_dvx, stride_dvh, stride_dvd, UNIT, ALIGN
+            )
+            if ADD:
+                dv += tl.load(ptrs, mask=mask_v, other=0.0)
+            tl.store(ptrs, dv.to(v.dtype), mask=mask_v)
+        dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)
+        if THRESHOLD > 0:
             dweights = tl.where(keep, dweights * KEEP_SCALE, 0.0)
-            dropped = tl.where(keep, weights * KEEP_SCALE, 0.0)
         if JOINT:
             ptrs = tile_pointers(
                 out_ptr, b, h, y, x, offs_v, stride_ob, stride_oy, stride_ox, stride_oh, stride_od, UNIT, ALIGN
@@ -313,13 +335,6 @@ def _group_attention_bwd_kernel(
             dbias += dlogits
         dlogits = dlogits.to(q.dtype)
         if NEEDS_DKV:
-            dv = tl.dot(tl.trans(dropped.to(dout.dtype)), dout, input_precision=PRECISION, out_dtype=ACC)
-            ptrs = tile_pointers(
-                dv_ptr, b, h, y, x, offs_v, stride_dvb, stride_dvy, stride_dvx, stride_dvh, stride_dvd, UNIT, ALIGN
-            )
-            if ADD:
-                dv += tl.load(ptrs, mask=mask_v, other=0.0)
-            tl.store(ptrs, dv.to(v.dtype), mask=mask_v)
             dk = tl.dot(tl.trans(dlogits), q, input_precision=PRECISION, out_dtype=ACC) * dk_scale
             ptrs = tile_pointers(
                 dk_ptr, b, h, y, x, offs_d, stride_dkb, stride_dky, stride_dkx, stride_dkh, stride_dkd, UNIT, ALIGN
@@ -339,6 +354,11 @@ def _group_attention_bwd_kernel(
         base = partial_ptr + (run * heads + h).to(tl.int64) * n_tokens * n_tokens
         mask = (offs_t < n_tokens)[:, None] & (offs_t < n_tokens)[None, :]
         tl.store(base + offs_t[:, None] * n_tokens + offs_t[None, :], dbias, mask=mask)
+
+
+def padded_side(size: int) -> int:
+    """The side of the tile that holds a size: a power of two, as matrix products want it."""
+    return max(16, 1 << (size - 1).bit_length())
 
 
 class Call:
@@ -369,7 +389,7 @@ class Call:
         self.windows = {axis: sizes[axis] for axis in self.axes}
         self.tokens = {axis: rows * columns for axis, (rows, columns) in self.windows.items()}
         padded = [
-            triton.cdiv(size, part * step) * part * step
+            -(-size // (part * step)) * part * step
             for size, part, step in zip((height, width), window, dilation, strict=True)
         ]
         self.geometry = (*shift, *dilation, *padded)
@@ -387,24 +407,29 @@ class Call:
             "KEEP_SCALE": 1 / (1 - dropout_p) if dropout_p < 1 else 0.0,
             "PRECISION": "tf32" if tf32 else "ieee",
             "ACC": tl.float64 if double else tl.float32,
-            "QK_DIM": max(16, triton.next_power_of_2(qk_dim)),
-            "V_DIM": max(16, triton.next_power_of_2(v_dim)),
+            "QK_DIM": padded_side(qk_dim),
+            "V_DIM": padded_side(v_dim),
         }
 
     def tile(self, axis: str) -> GroupAttentionConfig:
         """How the kernels are cut up along an axis."""
-        return self.config or group_attention_config(
-            architecture(self.q.device),
-            itemsize=self.q.element_size(),
-            tokens=self.tokens[axis],
-            head_dim=max(self.dims),
-        )
+        if self.config is not None:
+            return self.config
+        sizes = {"itemsize": self.q.element_size(), "tokens": self.tokens[axis], "head_dim": max(self.dims)}
+        extras = (self.bias is not None or self.tables[axis] is not None) + (self.rng is not None)
+        config = group_attention_config(architecture(self.q.device), **sizes, extras=extras)
+        if config is None:
+            raise LookupError(f"no row of GROUP_ATTENTION_TABLE fits: {sizes}, {extras=}")
+        return config
 
-    def run(self, axis: str, tile: GroupTile) -> tuple[int, int]:
+    def run(self, axis: str, tile: GroupTile, leaves_pairs: bool = False) -> tuple[int, int]:
         """Groups a program, and programs a head: groups are gathered while enough programs remain."""
+        programs, most = GROUP_PROGRAMS, tile.groups
+        if leaves_pairs:
+            programs, most = DBIAS_GROUP_PROGRAMS, 4 * most
         all_groups = self.batch * self.groups[axis]
-        each = max(1, min(tile.groups, all_groups * self.heads // GROUP_PROGRAMS))
-        return each, triton.cdiv(all_groups, each)
+        each = max(1, min(most, all_groups * self.heads // programs))
+        return each, -(-all_groups // each)
 
     def extras(self, axis: str) -> tuple[torch.Tensor, ...]:
         """Bias, table and seed; q where there is none."""
@@ -415,12 +440,13 @@ class Call:
         groups = self.groups[axis]
         return (
             self.heads, *self.map_size, self.tokens[axis], groups, self.batch * groups, each, *self.dims, self.span,
-            *self.windows[axis], *self.geometry, *((0, 0, 0) if self.bias is None else self.bias.stride()),
+            *(self.windows[axis] if axis == "window" else (1, 1)), *self.geometry,
+            *((0, 0, 0) if self.bias is None else self.bias.stride()),
         )  # fmt: skip
 
     def constexprs(self, axis: str, tile: GroupTile) -> dict[str, object]:
         """The constexprs that both kernels take, and compile options."""
-        block = max(16, triton.next_power_of_2(self.tokens[axis]))
+        block = padded_side(self.tokens[axis])
         own = {"LAYOUT": axis, "BLOCK": block, "HAS_TABLE": self.tables[axis] is not None}
         return self.options | own | {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
 
@@ -540,9 +566,9 @@ def group_attention_backward(
         unit, align, strides = divided_strides(UNITS, (*tensors[:3], dout, *tensors[4:]))
     for number, axis in enumerate(call.axes):
         tile = call.tile(axis).backward
-        each, programs = call.run(axis, tile)
         n_tokens, axis_table = call.tokens[axis], call.tables[axis]
         wants_pairs = (bias is not None and needs_dbias) or (axis_table is not None and needs_dtables)
+        each, programs = call.run(axis, tile, wants_pairs)
         partial = q.new_empty((programs, call.heads, n_tokens, n_tokens) if wants_pairs else (0,), dtype=call.acc_dtype)
         _group_attention_bwd_kernel[(programs * call.heads,)](
             call.q, k, v, *call.extras(axis), out if joint else q, lse if joint else q, dout,

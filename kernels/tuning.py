@@ -19,7 +19,9 @@ DWEIGHT_MAX_SLABS = 512  # untuned; programs a kernel row
 
 @cache
 def architecture(device: torch.device) -> str:
-    """The key of a device in the tables: "sm_90", "gfx942", or "default" where there is no GPU."""
+    """The key of a device in the tables: "sm_90", "gfx942", "interpreter" on the CPU, "default" if there is no GPU."""
+    if device.type == "cpu":
+        return "interpreter"
     if device.type != "cuda" or not torch.cuda.is_available():
         return "default"
     properties = torch.cuda.get_device_properties(device)
@@ -228,6 +230,7 @@ def sdpa_is_faster(arch: str, *, itemsize: int, head_dim: int, tokens: int) -> s
 
 # Group attention: programs gather several groups of a head while this many programs remain.
 GROUP_PROGRAMS = 2112  # untuned; 16 for each of an H200's multiprocessors
+DBIAS_GROUP_PROGRAMS = 528  # untuned; where each leaves a sum of all pairs of tokens, which is read once more
 
 
 @dataclass(frozen=True)
@@ -261,40 +264,81 @@ class GroupAttentionRow:
         itemsize: bytes an element, at most.
         tokens: of a group, at most.
         head_dim: of q and k or of v, whichever is larger, at most.
+        extras: how many there are of bias or bias table, and dropout, at most; each costs registers.
         config: the configuration.
     """
 
     itemsize: int
     tokens: int
     head_dim: int
+    extras: int
     config: GroupAttentionConfig
 
 
-def _group_row(itemsize: int, tokens: int, head_dim: int, *, forward: tuple, backward: tuple) -> GroupAttentionRow:
+def _group_row(
+    itemsize: int, tokens: int, head_dim: int, extras: int, *, forward: tuple, backward: tuple
+) -> GroupAttentionRow:
     """A row whose tiles are written as (num_warps, num_stages, groups)."""
-    return GroupAttentionRow(
-        itemsize, tokens, head_dim, GroupAttentionConfig(GroupTile(*forward), GroupTile(*backward))
-    )
+    config = GroupAttentionConfig(GroupTile(*forward), GroupTile(*backward))
+    return GroupAttentionRow(itemsize, tokens, head_dim, extras, config)
 
 
+_WIDE_GROUPS = (
+    _group_row(4, 32, 128, 2, forward=(8, 1, 16), backward=(8, 1, 16)),
+    _group_row(4, 64, 16, 2, forward=(8, 1, 16), backward=(8, 1, 16)),
+    _group_row(4, 64, 32, 1, forward=(8, 1, 16), backward=(8, 1, 16)),
+    _group_row(8, 16, 64, 2, forward=(8, 1, 16), backward=(8, 1, 16)),
+    _group_row(8, 32, 32, 2, forward=(8, 1, 16), backward=(8, 1, 16)),
+)
+
+# The groups that a program holds without spills; what no row of an architecture fits is streamed. All rows are untuned.
 GROUP_ATTENTION_TABLE: dict[str, tuple[GroupAttentionRow, ...]] = {
-    "default": (
-        _group_row(2, 16, 128, forward=(1, 2, 16), backward=(1, 1, 16)),
-        _group_row(2, 32, 128, forward=(2, 2, 16), backward=(2, 1, 16)),
-        _group_row(2, 64, 64, forward=(4, 2, 16), backward=(4, 1, 16)),
-        _group_row(2, 64, 128, forward=(4, 1, 16), backward=(8, 1, 16)),
-        _group_row(2, 128, 64, forward=(8, 1, 16), backward=(8, 1, 16)),
-        _group_row(8, 128, 128, forward=(8, 1, 16), backward=(8, 1, 16)),
+    "sm_90": (
+        _group_row(2, 16, 128, 2, forward=(1, 2, 16), backward=(1, 1, 16)),
+        _group_row(2, 32, 128, 2, forward=(2, 2, 16), backward=(4, 1, 16)),
+        _group_row(2, 64, 64, 2, forward=(4, 2, 16), backward=(4, 2, 16)),
+        _group_row(2, 64, 128, 2, forward=(8, 1, 16), backward=(8, 1, 16)),
+        _group_row(2, 128, 32, 2, forward=(8, 1, 16), backward=(8, 2, 16)),
+        _group_row(2, 128, 64, 2, forward=(8, 1, 16), backward=(8, 1, 16)),
+        *_WIDE_GROUPS,
     ),
+    "sm_100": (
+        _group_row(2, 16, 128, 2, forward=(1, 1, 16), backward=(1, 1, 16)),
+        _group_row(2, 32, 128, 2, forward=(2, 1, 16), backward=(4, 1, 16)),
+        _group_row(2, 64, 64, 2, forward=(4, 1, 16), backward=(4, 1, 16)),
+        _group_row(2, 64, 128, 2, forward=(8, 1, 16), backward=(8, 1, 16)),
+        _group_row(2, 128, 64, 1, forward=(8, 1, 16), backward=(8, 1, 16)),
+        *_WIDE_GROUPS,
+    ),
+    "gfx942": (
+        _group_row(2, 16, 128, 2, forward=(2, 1, 16), backward=(2, 1, 16)),
+        _group_row(2, 32, 128, 2, forward=(2, 1, 16), backward=(4, 1, 16)),
+        _group_row(2, 64, 64, 2, forward=(4, 1, 16), backward=(4, 1, 16)),
+        _group_row(2, 128, 32, 0, forward=(8, 1, 16), backward=(8, 1, 16)),
+        _group_row(4, 32, 64, 2, forward=(8, 1, 16), backward=(8, 1, 16)),
+        _group_row(8, 16, 64, 1, forward=(8, 1, 16), backward=(8, 1, 16)),
+    ),
+    "default": (
+        _group_row(2, 16, 128, 2, forward=(1, 2, 16), backward=(1, 1, 16)),
+        _group_row(2, 32, 128, 2, forward=(2, 2, 16), backward=(4, 1, 16)),
+        _group_row(2, 64, 64, 2, forward=(4, 2, 16), backward=(4, 1, 16)),
+        _group_row(2, 64, 128, 2, forward=(8, 1, 16), backward=(8, 1, 16)),
+        _group_row(2, 128, 32, 1, forward=(8, 1, 16), backward=(8, 1, 16)),
+        *_WIDE_GROUPS,
+    ),
+    "interpreter": (_group_row(8, 128, 128, 2, forward=(4, 1, 16), backward=(4, 1, 16)),),
 }
 
 
-def group_attention_config(arch: str, *, itemsize: int, tokens: int, head_dim: int) -> GroupAttentionConfig:
-    """The configuration of one call: the first row that fits, of the architecture's and then of the default ones."""
-    for row in (*GROUP_ATTENTION_TABLE.get(arch, ()), *GROUP_ATTENTION_TABLE["default"]):
-        if itemsize <= row.itemsize and tokens <= row.tokens and head_dim <= row.head_dim:
+def group_attention_config(
+    arch: str, *, itemsize: int, tokens: int, head_dim: int, extras: int
+) -> GroupAttentionConfig | None:
+    """The configuration of one call, by the first row of the architecture's that fits, or None where none does."""
+    for row in GROUP_ATTENTION_TABLE.get(arch, GROUP_ATTENTION_TABLE["default"]):
+        fits = itemsize <= row.itemsize and tokens <= row.tokens and head_dim <= row.head_dim
+        if fits and extras <= row.extras:
             return row.config
-    raise LookupError(f"no row of GROUP_ATTENTION_TABLE[{arch!r}] fits: {itemsize=} {tokens=} {head_dim=}")
+    return None
 
 
 # Linear attention's slabs of tokens, each with a partial state of its own.

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-OPS = ("spatial_gate", "linear_attention", "softmax_attention")
+OPS = ("spatial_gate", "axial_attention", "linear_attention", "softmax_attention", "window_attention")
 
 
 @pytest.fixture(autouse=True)
@@ -115,6 +115,26 @@ def test_io_table_of_linear_attention_is_plausible(quick_run, harness):
         assert all(ours < theirs for ours, theirs in pairs)
 
 
+@pytest.mark.parametrize(
+    ("op", "extra", "expected"),
+    [
+        ("axial_attention", "column", (4, 7)),
+        ("axial_attention", "sum", (9, 17)),
+        ("window_attention", "shift, table", (4, 7)),
+    ],
+)
+def test_io_tables_of_group_attention_are_plausible(quick_run, harness, op, extra, expected):
+    path, output = quick_run
+    assert f"{op}: io, counted" in output
+    records = [record for record in records_of(harness, path, op, "io") if record.get("extra", "") == extra]
+    found = {record["provider"]: (record["forward_S"], record["backward_S"]) for record in records}
+    more = 25 * 2 * 4 / (36 * 2 * 16 * 4) if "table" in extra else 0  # of the table, in S
+    pairs = 9 / 16 if "table" in extra else 0  # of the logits' gradients that each program leaves
+    assert found["attnk"] == pytest.approx((expected[0] + more, expected[1] + more + pairs), abs=2e-3)
+    eager = zip(found["attnk"], found["tutorial"], strict=True)
+    assert all(theirs > 1.4 * ours for ours, theirs in eager)
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_every_group_reports(quick_run, harness, op):
     path, output = quick_run
@@ -137,6 +157,22 @@ def test_every_kind_of_attention_is_timed(quick_run, harness):
         assert {(name, "", "forward"), (name, "", "training"), (name, dropout, "training")} <= found
         assert (name, dropout, "forward") not in found, "dropout is of training"
     assert {("quick", "bias", "training"), ("quick", "table", "training")} <= found
+
+
+def test_growth_of_axial_attention_is_timed_and_counted(quick_run, harness):
+    axial = importlib.import_module("axial_attention_cases")
+    for group, column in (("cpu", "median_us"), ("memory", "peak_mib")):
+        records = records_of(harness, quick_run[0], "axial_attention", group)
+        grown = [record for record in records if record["case"] == axial.GROWTH]
+        assert {record["provider"] for record in grown} == {"tutorial", "attnk"}
+        assert all(record[column] > 0 and record["pass"] == "training" for record in grown)
+        panels = axial.panels(records)
+        assert grown in [panel["records"] for row in panels for panel in row]
+
+
+def test_exponent(harness):
+    points = [(float(n), 7 * n**1.5) for n in (784, 3136, 50176)]
+    assert harness.exponent(points) == pytest.approx(1.5)
 
 
 def test_pictures(quick_run, harness, tmp_path):
@@ -219,6 +255,55 @@ def spoiled(found, spoil):
     call = found["attnk"].call
     found["attnk"] = dataclasses.replace(found["attnk"], call=lambda *inputs: spoil(call, *inputs))
     return found
+
+
+def group_cases(harness):
+    axial, window = (importlib.import_module(f"{op}_attention_cases") for op in ("axial", "window"))
+    return [
+        *(axial.AxialCase("test", 2, 5, 6, 2, 8, layout=layout) for layout in ("row", "column", "sum", "criss_cross")),
+        axial.AxialCase("test", 1, 6, 5, 2, 8, memory="map", layout="sum"),
+        window.WindowCase("test", 2, 6, 12, 2, 8, window=3),
+        window.WindowCase("test", 2, 6, 12, 2, 8, window=3, shift=1),
+        window.WindowCase("test", 2, 6, 12, 2, 8, window=3, shift=2, table=False),
+        window.WindowCase("test", 2, 6, 12, 2, 8, window=3, dilation=2),
+    ]
+
+
+@pytest.mark.parametrize("number", range(9))
+def test_right_group_attentions_pass(harness, number, monkeypatch):
+    case = group_cases(harness)[number]
+    found = case.providers(compiled=False)
+    assert found.keys() == {"tutorial", "attnk"} | (set() if case.layout == "criss_cross" else {"sdpa"})
+    inputs, dout = case.inputs()
+    harness.check(case, found, inputs, dout)
+    whole, _ = case.oracle(found["attnk"], inputs, dout)
+    monkeypatch.setattr(importlib.import_module("group_attention_cases"), "CHUNK", 70)
+    parts, _ = case.oracle(found["attnk"], inputs, dout)
+    for name, tensor in whole.items():
+        torch.testing.assert_close(parts[name], tensor, msg=lambda text, name=name: f"{name} in parts: {text}")
+
+
+@pytest.mark.parametrize("number", [2, 6])
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_flex_attention_computes_groups(harness, number):
+    case = group_cases(harness)[number]
+    inputs = tuple(tensor.detach() for tensor in case.inputs()[0])  # on the CPU it has no backward
+    torch.testing.assert_close(case.flex()(*inputs), case.attnk(*inputs))
+
+
+@pytest.mark.parametrize(
+    ("number", "name", "spoil"),
+    [
+        (1, "out", lambda call, q, k, v: call(q, k.flip(1), v)),
+        (2, "dv", lambda call, q, k, v: call(q, k, v) + 1e-3 * (v - v.detach())),
+        (6, "dtable", lambda call, q, k, v, table: call(q, k, v, table.detach()) + 0 * table.sum()),
+    ],
+)
+def test_a_wrong_group_attention_is_refused(harness, number, name, spoil):
+    case = group_cases(harness)[number]
+    found = spoiled(case.providers(compiled=False), spoil)
+    with pytest.raises(harness.WrongResult, match=f"attnk: .*{name}"):
+        harness.check(case, found, *case.inputs())
 
 
 @pytest.mark.parametrize(
@@ -424,18 +509,19 @@ def test_gpu_steps_share_the_time(harness):
     everything = gpu.steps([], ops)
     assert everything == [("tests", ""), *((part, op) for part in ("tune", "bench") for op in ops)]
     assert gpu.steps(["bench", "softmax_attention"], ops) == [("bench", "softmax_attention")]
-    assert gpu.steps(["softmax_attention"], ops) == [("tests", ""), ("tune", ops[2]), ("bench", ops[2])]
-    assert gpu.share([("bench", ops[2])], 500) == 500
+    steps = [("tests", ""), ("tune", "softmax_attention"), ("bench", "softmax_attention")]
+    assert gpu.steps(["softmax_attention"], ops) == steps
+    assert gpu.share(steps[2:], 500) == 500
     left, total = 480.0, 0.0
     for position in range(len(everything)):
         seconds = gpu.share(everything[position:], left - total)
-        assert seconds > 35
+        assert seconds > 30
         total += seconds
     assert total == pytest.approx(480)
     assert gpu.share(everything, -1) == 0
     names = [gpu.path_of(Path("results"), step).name for step in everything]
     assert names[0] == "tests.json"
-    assert names[-1] == "softmax_attention_bench.json"
+    assert names[-1] == "window_attention_bench.json"
 
 
 # Tuning
@@ -588,3 +674,29 @@ def test_linear_attention_is_swept_by_the_kernel(harness):
     names = {kind.__name__: kind for kind in (LinearAttentionConfig, LinearAttentionRow, LinearTile)}
     row = eval(tuning.row(values).rstrip(","), names)
     assert row == LinearAttentionRow(4, 16, LinearAttentionConfig(**values))
+
+
+@interpreted
+@pytest.mark.parametrize("number", [2, 6])
+def test_group_attention_is_swept_by_the_kernel(harness, number):
+    from attnk.kernels.tuning import GroupAttentionConfig, GroupAttentionRow, GroupTile
+
+    case = group_cases(harness)[number]
+    cases = harness.cases_of(case.op)
+    tuning = cases.Tuning(case)
+    expected = tuning.results(tuning.start)
+    for part, tile in tuning.start.items():
+        other = next(other for other in tuning.candidates(part, tile) if other.groups != tile.groups)
+        got = tuning.results(tuning.start | {part: other})
+        for name, want in expected.items():
+            torch.testing.assert_close(got[name], want)
+        ((_, timed),) = tuning.works(part, tuning.start | {part: other}).values()
+        with harness.captured_launches() as launches:
+            timed(None)
+        own = "_group_attention_fwd_kernel" if part == "forward" else "_group_attention_bwd_kernel"
+        assert [name for name, _ in launches] == [own] * len(case.axes)
+    values = tuning.start | {"forward": GroupTile(2, 3, 4)}
+    names = {kind.__name__: kind for kind in (GroupAttentionConfig, GroupAttentionRow, GroupTile)}
+    row = eval(tuning.row(values).rstrip(","), names)
+    tokens = 9 if case.op == "window_attention" else 16
+    assert row == GroupAttentionRow(4, tokens, 8, int(bool(case.entries)), GroupAttentionConfig(**values))

@@ -196,7 +196,8 @@ def test_a_hole_in_the_default_is_told(monkeypatch):
 
 
 def test_architecture_of_a_cpu():
-    assert architecture(torch.device("cpu")) == "default"
+    assert architecture(torch.device("cpu")) == "interpreter"
+    assert architecture(torch.device("meta")) == "default"
 
 
 @pytest.mark.gpu

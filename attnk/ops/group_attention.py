@@ -22,10 +22,6 @@ from ._vmap import each_example, fold_examples
 from .softmax_attention import softmax_attention
 
 LAYOUTS = ("row", "column", "window", "sum", "criss_cross")
-MAX_TOKENS = 128  # of a group that a program holds
-MAX_HEAD_DIM = 128
-MAX_TILE_ELEMENTS = {2: 128 * 64, 4: 64 * 64, 8: 32 * 64}  # tokens x head dimension, by item size, on a GPU
-
 Pair = tuple[int, int]
 Tables = tuple[torch.Tensor | None, torch.Tensor | None]
 
@@ -69,8 +65,9 @@ def axial_attention(
     Returns:
         (B, height, width, heads, Dv) in q's dtype, its axes in memory in q's order (from the definition: contiguous).
 
-    Rows and columns of more than 128 tokens go to softmax attention, which streams them. Gradients are bit-equal from
-    run to run. A second differentiation raises and names the backend that has it, "reference".
+    Rows and columns too long for one program (over 128 tokens; fewer in float32 or with wide heads: ``attnk.explain``
+    tells) go to softmax attention, which streams them. Gradients are bit-equal from run to run. A second differentiation
+    raises and names the backend that has it, "reference".
 
     Raises:
         ValueError: a shape, device or option that does not fit.
@@ -79,6 +76,8 @@ def axial_attention(
     """
     check_choice("axis", axis, ("row", "column", "both"))
     check_choice("combine", combine, ("sum", "criss_cross"))
+    if axis != "both" and combine != "sum":
+        raise ValueError(f"combine={combine!r} needs axis='both', got axis={axis!r}")
     return group_attention(
         q, k, v, combine if axis == "both" else axis, bias=bias, bias_table=bias_table, scale=scale, span=span,
         dropout_p=dropout_p, seed=seed, backend=backend,
@@ -127,7 +126,8 @@ def window_attention(
     Returns:
         (B, height, width, heads, Dv) in q's dtype, its axes in memory in q's order (from the definition: contiguous).
 
-    Windows of more than 128 tokens are cut out and go to softmax attention, which streams them.
+    Windows too large for one program (over 128 tokens; fewer in float32 or with wide heads: ``attnk.explain`` tells)
+    are cut out and go to softmax attention, which streams them.
 
     Raises:
         ValueError: a shape, device or option that does not fit.
@@ -166,10 +166,9 @@ def group_attention(
     _check(q, k, v, layout, window, shift, dilation, span, mask_value, scale, dropout_p, seed)
     bias, tables = _check_bias(q, layout, window, bias, bias_table)
     geometry = (window or (1, 1), shift, dilation, span, mask_value)
-    chosen, _ = _choose(backend, q, k, v, layout, window)
-    if autocast_is_on(q) and q.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    extras = (bias is not None or any(table is not None for table in tables)) + (dropout_p > 0)
+    q, k, v = _cast(q, k, v)
+    chosen, _ = _choose(backend, q, k, v, layout, window, extras)
     if q.dim() == 4:
         q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
         return group_attention(
@@ -221,18 +220,11 @@ def explain(
 ) -> dispatch.Explanation:
     """What ``attnk.explain("group_attention", ...)`` returns."""
     _check(q, k, v, layout, window, shift, dilation, span, mask_value, scale, dropout_p, seed)
-    _check_bias(q, layout, window, bias, bias_table)
-    chosen, reason = _choose(backend, q, k, v, layout, window, warn=False)
-    config = None
-    if chosen == "triton":
-        from attnk.kernels.tuning import architecture, group_attention_config
-
-        config = group_attention_config(
-            architecture(q.device),
-            itemsize=q.element_size(),
-            tokens=_longest(q, layout, window),
-            head_dim=max(q.shape[-1], v.shape[-1]),
-        )
+    bias, tables = _check_bias(q, layout, window, bias, bias_table)
+    extras = (bias is not None or any(table is not None for table in tables)) + (dropout_p > 0)
+    q, k, v = _cast(q, k, v)
+    chosen, reason = _choose(backend, q, k, v, layout, window, extras, warn=False)
+    config = _config(q, v, layout, window, extras) if chosen == "triton" else None
     if chosen == "streaming":
         chosen = dispatch.choose("group_attention", backend, q, unsupported, k, v, warn=False)[0]
     return dispatch.Explanation("group_attention", chosen, reason, config)
@@ -246,6 +238,14 @@ def example(
     if not channels_last:
         q = q.permute(0, 3, 4, 1, 2).contiguous().permute(0, 3, 4, 1, 2)
     return q, q, q, "row"
+
+
+def _cast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The tensors, in the autocast dtype where autocast is on."""
+    x = tensors[0]
+    if not autocast_is_on(x) or x.dtype == torch.float64:
+        return tensors
+    return tuple(tensor.to(torch.get_autocast_dtype(x.device.type)) for tensor in tensors)
 
 
 def _longest(q: torch.Tensor, layout: str, window: Pair | None) -> int:
@@ -263,25 +263,30 @@ def _choose(
     v: torch.Tensor,
     layout: str,
     window: Pair | None,
+    extras: int,
     warn: bool = True,
 ) -> tuple[str, str]:
     """The backend and why; "streaming" where softmax attention does it better, in the backend that it chooses."""
     chosen, reason = dispatch.choose("group_attention", backend, q, unsupported, k, v, warn=warn)
-    head_dim, tokens = max(q.shape[-1], v.shape[-1]), _longest(q, layout, window)
-    if chosen == "triton":
-        fits = tokens <= MAX_TOKENS and head_dim <= MAX_HEAD_DIM
-        if fits and q.is_cuda:
-            fits = _padded(tokens) * _padded(head_dim) <= MAX_TILE_ELEMENTS[q.element_size()]
-        if not fits:
-            return "streaming", f"groups of {tokens} tokens with heads of {head_dim} go to softmax attention's kernels"
-    elif chosen == "torch" and q.device.type != "cpu":
+    if chosen == "triton" and _config(q, v, layout, window, extras) is None:
+        tokens, head_dim = _longest(q, layout, window), max(q.shape[-1], v.shape[-1])
+        return "streaming", f"groups of {tokens} tokens with heads of {head_dim} go to softmax attention's kernels"
+    if chosen == "torch" and q.device.type != "cpu":
         return "streaming", reason
     return chosen, reason
 
 
-def _padded(size: int) -> int:
-    """The side of the tile that holds a size; by comparisons, which leave a symbolic size symbolic."""
-    return next(side for side in (16, 32, 64, 128) if size <= side)
+def _config(q: torch.Tensor, v: torch.Tensor, layout: str, window: Pair | None, extras: int) -> Any:
+    """The kernels' configuration for the longest groups, or None where a program does not hold them."""
+    from attnk.kernels.tuning import architecture, group_attention_config
+
+    return group_attention_config(
+        architecture(q.device),
+        itemsize=q.element_size(),
+        tokens=_longest(q, layout, window),
+        head_dim=max(q.shape[-1], v.shape[-1]),
+        extras=extras,
+    )
 
 
 def _check(
@@ -321,14 +326,16 @@ def _check(
         raise ValueError(f"v must have the map and heads of q, {tuple(q.shape)}, got {tuple(v.shape)}")
     if layout == "window":
         for name, pair, least in (("window", window, 1), ("shift", shift, 0), ("dilation", dilation, 1)):
-            if not isinstance(pair, Sequence) or len(pair) != 2 or any(size < least for size in pair):
+            sizes = pair if isinstance(pair, Sequence) and len(pair) == 2 else (None, None)
+            if not all(isinstance(size, int | torch.SymInt) and size >= least for size in sizes):
                 raise ValueError(f"{name} must be two integers of at least {least}, got {pair!r}")
         for moved, part, step in zip(shift, window or (1, 1), dilation, strict=True):
             if moved >= part * step:
                 raise ValueError(f"shift must be less than window x dilation, {window} x {dilation}, got {shift}")
     elif window is not None or tuple(shift) != (0, 0) or tuple(dilation) != (1, 1):
         raise ValueError(f"window, shift and dilation are for layout='window', got layout={layout!r}")
-    if span is not None and (not isinstance(span, int) or span < 0 or layout == "window"):
+    whole = isinstance(span, int | torch.SymInt) and not isinstance(span, bool)
+    if span is not None and (not whole or span < 0 or layout == "window"):
         raise ValueError(f"span must be an integer of at least 0, for rows and columns, got {span!r}")
     if mask_value not in (-math.inf, -100):
         raise ValueError(f"mask_value must be -inf or -100, got {mask_value!r}")
@@ -336,6 +343,8 @@ def _check(
         raise TypeError(f"scale must be a number, got {type(scale).__name__}; multiply q by a tensor instead")
     if not isinstance(dropout_p, int | float) or not 0 <= dropout_p <= 1:
         raise ValueError(f"dropout_p must be a number from 0 to 1, got {dropout_p!r}")
+    if seed is not None and not isinstance(seed, torch.Tensor):
+        raise TypeError(f"seed must be a tensor, got {type(seed).__name__}")
     if seed is not None and (seed.shape != (2,) or seed.dtype != torch.int64):
         raise ValueError(f"seed must be int64 of shape (2,), got {seed.dtype} of shape {tuple(seed.shape)}")
 
@@ -349,10 +358,12 @@ def _check_bias(
     tables: Tables = (bias_table, None)
     if both:
         tables = (None, None) if bias_table is None else bias_table
-        if isinstance(tables, torch.Tensor) or len(tables) != 2:
+        if not isinstance(tables, tuple | list) or len(tables) != 2:
             raise ValueError("bias_table must be a pair for both axes, for rows and for columns")
         if bias is not None:
             raise ValueError("bias is for one axis or for windows; for both axes use bias_table")
+    elif isinstance(bias_table, tuple | list):
+        raise TypeError("bias_table must be a tensor; a pair of them is for both axes")
     axes = ("row", "column") if both else (layout,)
     for axis, table in zip(axes, tables, strict=False):
         rows, columns = group_window(axis, height, width, window or (1, 1))
