@@ -472,7 +472,7 @@ def test_layouts_of_the_gradient(backend, device, order):
 
 def test_packed_views_are_not_copied(backend, device):
     """Rows and columns of one projection's output, read where they lie: nothing of the size of q is allocated."""
-    qkv = torch.randn(1, 24, 24, 3, 4, 16, device=device)
+    qkv = torch.randn(1, 48, 48, 3, 4, 16, device=device)
     q, k, v = qkv.unbind(3)
     expected = 2 if backend == "torch" else 1  # PyTorch's attention gives rows and columns a tensor of their own
     for axis in ("row", "column"):

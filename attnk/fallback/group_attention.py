@@ -26,8 +26,8 @@ class Part:
         """(groups, heads, tokens, D) of a map (B, height, width, heads, D)."""
         raise NotImplementedError
 
-    def put(self, x: torch.Tensor, values: torch.Tensor) -> None:
-        """Write what ``take`` would read."""
+    def put(self, x: torch.Tensor | None, values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """Write what ``take`` would read into a map, if there is none into a new one in the order of another's axes."""
         raise NotImplementedError
 
 
@@ -37,13 +37,19 @@ class Lines(Part):
     def __init__(self, images: slice, axis: str, hidden: torch.Tensor | None) -> None:
         self.images, self.hidden = images, hidden
         self.order = (0, 1, 3, 2, 4) if axis == "row" else (0, 2, 3, 1, 4)
+        self.back = (0, 1, 3, 2, 4) if axis == "row" else (0, 3, 1, 2, 4)
 
     def take(self, x: torch.Tensor) -> torch.Tensor:
         return x[self.images].permute(self.order).flatten(0, 1)
 
-    def put(self, x: torch.Tensor, values: torch.Tensor) -> None:
+    def put(self, x: torch.Tensor | None, values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        if x is None and self.images.stop == like.shape[0] and self.images.start == 0:
+            # all there is: as it lies, if it lies so already
+            return streaming._in_order(values.unflatten(0, (like.shape[0], -1)).permute(self.back), like)
+        x = _new_map(like, values) if x is None else x
         lines = x[self.images].permute(self.order)
         lines.copy_(values.unflatten(0, lines.shape[:2]))
+        return x
 
 
 class Windows(Part):
@@ -64,10 +70,16 @@ class Windows(Part):
             tokens.index_fill_(1, self.missing, 0)
         return tokens.unflatten(1, (-1, self.n_tokens)).flatten(0, 1).transpose(1, 2)
 
-    def put(self, x: torch.Tensor, values: torch.Tensor) -> None:
+    def put(self, x: torch.Tensor | None, values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        x = _new_map(like, values) if x is None else x
         tokens = values.transpose(1, 2).unflatten(0, (x.shape[0], -1)).flatten(1, 2)
         tokens = tokens if self.existing is None else tokens.index_select(1, self.existing)
         x[:, self.target // x.shape[2], self.target % x.shape[2]] = tokens
+        return x
+
+
+def _new_map(like: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    return empty_in_order(like, (*like.shape[:4], values.shape[-1]), values.dtype)
 
 
 def group_attention_forward(
@@ -119,7 +131,7 @@ def _forward(
     rng: torch.Tensor | None, layout: str, geometry: tuple, scale: float, dropout_p: float, wants_lse: bool,
     no_centre: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    out = empty_in_order(q, (*q.shape[:4], v.shape[4]))
+    out = None
     lse = q.new_empty(q.shape[:4] if wants_lse else (0,), dtype=torch.promote_types(q.dtype, torch.float32))
     for number, part in enumerate(_parts((q, k, v), layout, geometry, no_centre)):
         q_part, k_part, v_part = (part.take(x) for x in (q, k, v))
@@ -139,9 +151,10 @@ def _forward(
             False,
             wants_lse,
         )
-        part.put(out, result)
+        out = part.put(out, result, q)
         if wants_lse:
-            part.put(lse.unsqueeze(-1), part_lse.unsqueeze(-1))
+            part.put(lse.unsqueeze(-1), part_lse.unsqueeze(-1), q)
+    assert out is not None
     return out, lse
 
 
@@ -209,10 +222,8 @@ def _backward(
     """dq, dk, dv, and the gradient of the bias of all pairs (heads, tokens, tokens); empty where not wanted."""
     acc_dtype = torch.promote_types(q.dtype, torch.float32)
     nothing = q.new_empty(0, dtype=acc_dtype)
-    maps = [
-        empty_in_order(x, x.shape) if needed else x.new_empty(0)
-        for x, needed in ((q, needs_dq), (k, needs_dkv), (v, needs_dkv))
-    ]
+    maps: list[torch.Tensor | None] = [None, None, None]
+    needs = (needs_dq, needs_dkv, needs_dkv)
     dense = _pair_bias(bias, table, layout, q, geometry[0])
     pairs = nothing if dense is None or not pairs_wanted else torch.zeros_like(dense, dtype=acc_dtype)
     for number, part in enumerate(_parts((q, k, v, dout, out), layout, geometry, no_centre)):
@@ -225,12 +236,13 @@ def _backward(
             _part_rng(rng, layout, number), out_part, part_lse, nothing, 0, scale, False, dropout_p,
             needs_dq, needs_dkv, pairs_wanted, False,
         )  # fmt: skip
-        for x, grad in zip(maps, grads, strict=True):
-            if x.numel():
-                part.put(x, grad)
+        maps = [
+            part.put(x, grad, like) if needed else None
+            for x, grad, like, needed in zip(maps, grads, (q, k, v), needs, strict=True)
+        ]
         if pairs_wanted:
             pairs += dpairs.squeeze(0)
-    return *maps, pairs
+    return *(like.new_empty(0) if x is None else x for x, like in zip(maps, (q, k, v), strict=True)), pairs
 
 
 def _pair_bias(

@@ -66,8 +66,8 @@ def axial_attention(
         (B, height, width, heads, Dv) in q's dtype, its axes in memory in q's order (from the definition: contiguous).
 
     Rows and columns too long for one program (over 128 tokens; fewer in float32 or with wide heads: ``attnk.explain``
-    tells) go to softmax attention, which streams them. Gradients are bit-equal from run to run. A second differentiation
-    raises and names the backend that has it, "reference".
+    tells) go to softmax attention, which streams them. Gradients are bit-equal from run to run. Differentiating them
+    once more raises and names the backend that can, "reference".
 
     Raises:
         ValueError: a shape, device or option that does not fit.
