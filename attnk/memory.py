@@ -16,7 +16,21 @@ def empty_in_order(like: torch.Tensor, size: Sequence[int], dtype: torch.dtype |
     Returns:
         The tensor. Axes along which ``like`` was expanded (stride 0) go outermost.
     """
-    strides = like.stride()
-    order = sorted(range(like.dim()), key=lambda axis: -strides[axis] if strides[axis] else -torch.inf)
+    order = _order(like)
     places = sorted(range(like.dim()), key=order.__getitem__)
     return like.new_empty([size[axis] for axis in order], dtype=dtype or like.dtype).permute(places)
+
+
+def lies_in_order(tensor: torch.Tensor, like: torch.Tensor) -> bool:
+    """Whether a tensor has the strides that ``empty_in_order`` would give it."""
+    step, strides = 1, list(tensor.shape)
+    for axis in reversed(_order(like)):
+        strides[axis] = step
+        step *= max(tensor.shape[axis], 1)
+    return list(tensor.stride()) == strides
+
+
+def _order(like: torch.Tensor) -> list[int]:
+    """A tensor's axes from the outermost in memory to the innermost."""
+    strides = like.stride()
+    return sorted(range(like.dim()), key=lambda axis: -strides[axis] if strides[axis] else -torch.inf)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-from attnk.memory import empty_in_order
+from attnk.memory import empty_in_order, lies_in_order
 
 # logits at once: on the CPU as many as a core's cache holds, elsewhere as many as make 32 MiB
 CPU_BLOCK_ELEMENTS = 2**19
@@ -228,8 +228,9 @@ def _additive(bias: torch.Tensor | None, mask: torch.Tensor | None, dtype: torch
 
 
 def _in_order(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    wanted = empty_in_order(like, tensor.shape, tensor.dtype)
-    return tensor if tensor.stride() == wanted.stride() else wanted.copy_(tensor)
+    if lies_in_order(tensor, like):
+        return tensor
+    return empty_in_order(like, tensor.shape, tensor.dtype).copy_(tensor)
 
 
 def _repeated(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
