@@ -298,8 +298,8 @@ GROUP_ATTENTION_TABLE: dict[str, tuple[GroupAttentionRow, ...]] = {
         _group_row(2, 32, 128, 2, forward=(2, 2, 16), backward=(4, 1, 16)),
         _group_row(2, 64, 64, 2, forward=(4, 2, 16), backward=(4, 2, 16)),
         _group_row(2, 64, 128, 2, forward=(8, 1, 16), backward=(8, 1, 16)),
-        _group_row(2, 128, 32, 2, forward=(8, 1, 16), backward=(8, 2, 16)),
-        _group_row(2, 128, 64, 2, forward=(8, 1, 16), backward=(8, 1, 16)),
+        _group_row(2, 128, 32, 1, forward=(8, 1, 16), backward=(8, 2, 16)),
+        _group_row(2, 128, 64, 1, forward=(8, 1, 16), backward=(8, 1, 16)),
         *_WIDE_GROUPS,
     ),
     "sm_100": (

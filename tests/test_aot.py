@@ -14,15 +14,19 @@ import torch
 
 pytest.importorskip("triton")
 
+from attnk.kernels import group_attention as groups
 from attnk.kernels import linear_attention as linear
 from attnk.kernels import softmax_attention as attention
 from attnk.kernels import spatial_gate as kernels
 from attnk.kernels.tuning import (
+    GROUP_ATTENTION_TABLE,
     LINEAR_ATTENTION_TABLE,
     SOFTMAX_ATTENTION_TABLE,
     SPATIAL_GATE_TABLE,
+    GroupAttentionConfig,
     LinearAttentionConfig,
     SoftmaxAttentionConfig,
+    group_attention_config,
     linear_attention_config,
     softmax_attention_config,
     spatial_gate_config,
@@ -562,3 +566,79 @@ def test_linear_loads_are_128_bits_wide(dim, target):
         tensors = 1 if "fwd_kernel" in launch.name else 2
         found = wide_loads(compiled.assembly)
         assert found >= tensors, f"{launch.name}: {found} loads of 16 bytes, expected {tensors}"
+
+
+# Group attention. Rows say what a program holds: each is compiled at its largest sizes, with the extras it is for.
+
+GROUP_ROWS = [
+    pytest.param(target, row, id=f"{target}-{row.itemsize}-{row.tokens}x{row.head_dim}-{row.extras}")
+    for target in TARGETS
+    for row in GROUP_ATTENTION_TABLE.get(target, GROUP_ATTENTION_TABLE["default"])
+    if row.itemsize == 2 or target in ("sm_80", "gfx942")  # wider ones are compiled alike for all of NVIDIA's
+]
+
+
+def group_launches(
+    config: GroupAttentionConfig,
+    dtype: torch.dtype,
+    tokens: int,
+    dim: int,
+    extras: int = 0,
+    *,
+    layout: str = "row",
+    order: str = "packed",
+) -> list[Launch]:
+    """What a forward and a backward launch: q, k and v are views of one projection; extras are a table and dropout."""
+    heads = 4
+    height, width = {"row": (8, tokens), "column": (tokens, 8), "criss_cross": (tokens, tokens)}.get(layout, (28, 28))
+    window = (7, 7) if layout == "window" else (1, 1)
+    rows, columns = {"row": (1, width), "column": (height, 1), "criss_cross": (1, width)}.get(layout, window)
+    qkv = torch.empty(2, height, width, 3, heads, dim, dtype=dtype)
+    q, k, v = qkv.unbind(3)
+    table = torch.empty((2 * rows - 1) * (2 * columns - 1), heads, dtype=dtype) if extras else None
+    other = torch.empty(2 * height - 1, heads, dtype=dtype) if extras and layout == "criss_cross" else None
+    rng = torch.empty(2, dtype=torch.int64) if extras > 1 else None
+    shift = (3, 3) if layout == "window" else (0, 0)
+    options = (layout, window, shift, (1, 1), -1, "-inf", 0.3, 0.1 if rng is not None else 0.0)
+    with record_launches() as recorded:
+        out, lse = groups.group_attention_forward(q, k, v, None, table, other, rng, *options, config=config)
+        groups.group_attention_backward(
+            torch.empty_like(out), q, k, v, None, table, other, rng, out, lse, *options,
+            True, True, False, table is not None, config=config,
+        )  # fmt: skip
+    return recorded
+
+
+@pytest.mark.parametrize(("target", "row"), GROUP_ROWS)
+def test_group_row_compiles(target, row):
+    layout = "window" if row.tokens == 64 and row.extras else "column" if row.tokens == 32 else "row"
+    dtype = DTYPES[row.itemsize][0]
+    launched = group_launches(row.config, dtype, row.tokens, row.head_dim, row.extras, layout=layout)
+    assert [launch.name for launch in launched] == ["_group_attention_fwd_kernel", "_group_attention_bwd_kernel"]
+    for launch in launched:
+        compiled = compile_launch(launch, target)
+        check_resources(compiled)
+        check_offsets(compiled, quotients=False)
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("dim", [32, 24])
+def test_group_attention_loads_are_128_bits_wide(target, dim):
+    """Heads of 24 too, which are padded in registers alone."""
+    config = group_attention_config(target, itemsize=2, tokens=56, head_dim=dim, extras=0)
+    for launch in group_launches(config, torch.float16, 56, dim):
+        compiled = compile_launch(launch, target)
+        tensors = 3 if "fwd" in launch.name else 4
+        assert wide_loads(compiled.assembly) >= tensors, launch.name
+        assert not re.search(r"\bld\.global\S*\.[bu]16\s", compiled.assembly), launch.name
+
+
+def test_warps_read_the_other_axis_before_one_writes():
+    """Warps that hold the same rows share what criss-cross left of the rows, which is read and then overwritten."""
+    config = group_attention_config("sm_80", itemsize=2, tokens=14, head_dim=32, extras=0)
+    launched = group_launches(config, torch.float16, 14, 32, layout="criss_cross")
+    first, second = (compile_launch(launch, "sm_80").ttir for launch in launched[:2])
+    assert "barrier" not in first
+    before, _, after = second.partition("barrier")
+    assert "tt.store %other" in after
+    assert "tt.store" not in before

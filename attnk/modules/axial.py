@@ -162,7 +162,7 @@ class AxialAttention(nn.Module):
     def _attend(self, qkv: Sequence[torch.Tensor], axis: str, table: Any) -> torch.Tensor:
         q, k, v = qkv
         return axial_attention(
-            q, k, v, axis, combine="criss_cross", bias_table=table, span=self.span,
+            q, k, v, axis, combine="criss_cross" if axis == "both" else "sum", bias_table=table, span=self.span,
             dropout_p=self.dropout.p if self.dropout.training else 0.0, backend=self.backend,
         )  # fmt: skip
 
