@@ -13,6 +13,7 @@ from attnk.kernels import linear_attention as linear
 from attnk.kernels import softmax_attention as attention
 from attnk.kernels import spatial_gate as kernels
 from attnk.kernels.tuning import (
+    GROUP_ATTENTION_TABLE,
     LINEAR_ATTENTION_TABLE,
     SOFTMAX_ATTENTION_TABLE,
     SPATIAL_GATE_TABLE,
@@ -22,6 +23,7 @@ from attnk.kernels.tuning import (
     SpatialGateConfig,
     Tile,
     architecture,
+    group_attention_config,
     linear_attention_config,
     softmax_attention_config,
     spatial_gate_config,
@@ -372,3 +374,37 @@ def test_linear_blocks_match_reference(config, feature_map, device):
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
     for name, got, correct in zip(shapes, gradients, torch.autograd.grad(expected, leaves, dout), strict=True):
         torch.testing.assert_close(got, correct, rtol=0, atol=1e-12, msg=lambda words, name=name: f"{name}: {words}")
+
+
+GROUP_ROWS = [(arch, number) for arch, rows in GROUP_ATTENTION_TABLE.items() for number in range(len(rows))]
+
+
+@pytest.mark.parametrize(("arch", "number"), GROUP_ROWS)
+def test_group_row_is_chosen(arch, number):
+    """At its largest sizes with all its extras, and no row but the last of its architecture's takes them further."""
+    row = GROUP_ATTENTION_TABLE[arch][number]
+    sizes = {"itemsize": row.itemsize, "tokens": row.tokens, "head_dim": row.head_dim, "extras": row.extras}
+    assert group_attention_config(arch, **sizes) is row.config
+    for tile in (row.config.forward, row.config.backward):
+        assert tile.num_warps & (tile.num_warps - 1) == 0 < tile.num_warps <= 16
+        assert tile.num_stages >= 1
+        assert tile.groups >= 1
+    assert row.tokens & (row.tokens - 1) == 0
+    assert row.head_dim & (row.head_dim - 1) == 0
+    assert row.tokens <= 128
+
+
+def test_group_keys_are_architectures():
+    assert set(GROUP_ATTENTION_TABLE) <= {"default", "interpreter", *ARCHITECTURES}
+    sizes = {"itemsize": 2, "tokens": 49, "head_dim": 32, "extras": 1}
+    assert group_attention_config("sm_75", **sizes) is group_attention_config("default", **sizes)
+
+
+def test_groups_that_no_row_fits():
+    """An architecture's own rows say what its programs hold; the default rows do not fill in."""
+    fits = {"itemsize": 2, "tokens": 128, "head_dim": 32, "extras": 1}
+    assert group_attention_config("default", **fits) is not None
+    assert group_attention_config("gfx942", **fits) is None
+    for arch in GROUP_ATTENTION_TABLE:
+        for name, size in (("tokens", 129), ("head_dim", 129), ("extras", 3)):
+            assert group_attention_config(arch, **fits | {name: size}) is None
