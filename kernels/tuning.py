@@ -398,7 +398,7 @@ def _linear_row(
 
 # Hopper and Blackwell, in 16 bits.
 _LINEAR_WIDE_ROW = _linear_row(
-    2, 256, state=(32, 128, 8, 2), forward=(32, 64, 4, 2), dq=(16, 32, 8, 1), dkv=(32, 32, 8, 1)
+    2, 256, state=(32, 128, 8, 2), forward=(32, 64, 4, 2), dq=(16, 16, 8, 1), dkv=(32, 32, 8, 1)
 )
 
 LINEAR_ATTENTION_TABLE: dict[str, tuple[LinearAttentionRow, ...]] = {
@@ -427,7 +427,7 @@ LINEAR_ATTENTION_TABLE: dict[str, tuple[LinearAttentionRow, ...]] = {
     "default": (
         _linear_row(2, 32, state=(64, 32, 4, 3), forward=(128, 32, 4, 1), dq=(64, 32, 4, 2), dkv=(64, 32, 4, 2)),
         _linear_row(2, 64, state=(64, 64, 4, 2), forward=(128, 64, 4, 2), dq=(64, 64, 8, 2), dkv=(64, 64, 4, 2)),
-        _linear_row(2, 128, state=(64, 128, 8, 2), forward=(32, 128, 8, 1), dq=(32, 32, 8, 2), dkv=(32, 64, 8, 2)),
+        _linear_row(2, 128, state=(64, 64, 8, 1), forward=(32, 128, 8, 1), dq=(32, 32, 8, 2), dkv=(32, 64, 8, 2)),
         _linear_row(2, 256, state=(64, 64, 8, 1), forward=(16, 64, 4, 1), dq=(16, 16, 8, 1), dkv=(32, 32, 8, 2)),
         _linear_row(4, 64, state=(64, 64, 4, 2), forward=(32, 64, 8, 1), dq=(16, 32, 4, 1), dkv=(32, 64, 8, 1)),
         _linear_row(4, 128, state=(32, 64, 8, 1), forward=(16, 64, 8, 1), dq=(16, 32, 8, 1), dkv=(16, 128, 8, 1)),
