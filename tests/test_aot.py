@@ -487,7 +487,8 @@ def test_extras_of_one_row_are_not_loaded_as_tiles():
 LINEAR_ROWS = [(arch, number) for arch, rows in LINEAR_ATTENTION_TABLE.items() for number in range(len(rows))]
 LINEAR_TURNS = (("elu", 4, False), ("softmax", 3, True), ("relu", 4, True))  # feature map, quarters, channel-major
 LINEAR_TARGETS = {2: ("sm_80", "sm_120", "sm_80"), 4: ("sm_90", "sm_80", "sm_100"), 8: ("sm_80", "sm_90", "sm_80")}
-LINEAR_SPILLING = {("default", 6, 1)}  # float32 at 192, channel-major: what fits is to be found
+# Bytes of stack a thread where no tile that was tried does without: float32 at 192, channel-major
+LINEAR_ALLOWED_STACK = {("default", 6, 1, "_linear_attention_bwd_dkv_kernel"): 344}
 LINEAR_CASES = [
     pytest.param(
         arch,
@@ -495,7 +496,6 @@ LINEAR_CASES = [
         turn,
         LINEAR_TARGETS[LINEAR_ATTENTION_TABLE[arch][number].itemsize][turn] if arch == "default" else arch,
         id=f"{arch}-row{number}-{LINEAR_TURNS[turn][0]}",
-        marks=pytest.mark.xfail(reason="spills", strict=False) if (arch, number, turn) in LINEAR_SPILLING else (),
     )
     for arch, number in LINEAR_ROWS
     for turn in range(len(LINEAR_TURNS))
@@ -529,7 +529,8 @@ def test_linear_row_compiles(arch, number, turn, target):
     assert len({launch.name for launch in launched}) == len(launched) == 6
     for launch in launched:
         compiled = compile_launch(launch, target)
-        check_resources(compiled, stack=OCCUPANCY_STACK if compiled.registers <= 128 else 0)
+        spare = OCCUPANCY_STACK if compiled.registers <= 128 else 0
+        check_resources(compiled, LINEAR_ALLOWED_STACK.get((arch, number, turn, launch.name), spare))
         check_offsets(compiled, quotients=False)
         if dtype.itemsize == 2 and "_sum_" not in launch.name:
             assert re.search(r"wgmma|tcgen05\.mma|mma\.sync|v_mfma", compiled.assembly), launch.name
