@@ -1,6 +1,7 @@
 """Which tokens of a feature map make a group, and the gradient of a bias table from that of all pairs of them."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -56,3 +57,14 @@ def table_gradient(pairs: torch.Tensor, window: tuple[int, int]) -> torch.Tensor
     # a query adds its keys' gradients to a window of the table, one place further for each step of the query
     folded = F.fold(pairs.flip(1).transpose(1, 2), (2 * rows - 1, 2 * columns - 1), window)
     return folded.flip(2, 3).flatten(1).t().contiguous()
+
+
+@lru_cache(maxsize=64)
+def far_pairs(n_tokens: int, span: int, no_centre: bool, device: torch.device) -> torch.Tensor | None:
+    """Which keys are too far from a query, or itself; None where no key is."""
+    if span < 0 and not no_centre:
+        return None
+    offsets = torch.arange(n_tokens, device=device)
+    distance = (offsets[:, None] - offsets).abs()
+    hidden = distance > span if span >= 0 else torch.zeros_like(distance, dtype=torch.bool)
+    return hidden | (distance == 0) if no_centre else hidden

@@ -21,13 +21,15 @@ def empty_in_order(like: torch.Tensor, size: Sequence[int], dtype: torch.dtype |
     return like.new_empty([size[axis] for axis in order], dtype=dtype or like.dtype).permute(places)
 
 
-def lies_in_order(tensor: torch.Tensor, like: torch.Tensor) -> bool:
-    """Whether a tensor has the strides that ``empty_in_order`` would give it."""
+def in_order(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The tensor itself if it has the strides that ``empty_in_order`` would give it, else a copy that has them."""
     step, strides = 1, list(tensor.shape)
     for axis in reversed(_order(like)):
         strides[axis] = step
         step *= max(tensor.shape[axis], 1)
-    return list(tensor.stride()) == strides
+    if list(tensor.stride()) == strides:
+        return tensor
+    return empty_in_order(like, tensor.shape, tensor.dtype).copy_(tensor)
 
 
 def _order(like: torch.Tensor) -> list[int]:

@@ -5,8 +5,8 @@ from functools import lru_cache
 
 import torch
 
-from attnk.groups import group_places, group_window, table_gradient
-from attnk.memory import empty_in_order
+from attnk.groups import far_pairs, group_places, group_window, table_gradient
+from attnk.memory import empty_in_order, in_order
 
 from . import softmax_attention as streaming
 
@@ -45,7 +45,7 @@ class Lines(Part):
     def put(self, x: torch.Tensor | None, values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         if x is None and self.images.stop == like.shape[0] and self.images.start == 0:
             # all there is: as it lies, if it lies so already
-            return streaming._in_order(values.unflatten(0, (like.shape[0], -1)).permute(self.back), like)
+            return in_order(values.unflatten(0, (like.shape[0], -1)).permute(self.back), like)
         x = _new_map(like, values) if x is None else x
         lines = x[self.images].permute(self.order)
         lines.copy_(values.unflatten(0, lines.shape[:2]))
@@ -252,7 +252,7 @@ def _pair_bias(
     if table is None:
         return bias
     height, width = group_window(layout, q.shape[1], q.shape[2], window)
-    return streaming._dense_table(table, height, width, slice(0, height * width))
+    return streaming.dense_table(table, height, width, slice(0, height * width))
 
 
 def _added(part: Part, dense: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
@@ -289,7 +289,7 @@ def _parts(
     window, shift, dilation, span, mask = geometry
     if layout == "window":
         return _windows(height, width, tuple(window), tuple(shift), tuple(dilation), span, mask, q.device)
-    hidden = _far((width if layout == "row" else height), span, no_centre, q.device)
+    hidden = far_pairs((width if layout == "row" else height), span, no_centre, q.device)
     axis = 1 if layout == "row" else 2
     merges = all(x is None or x.stride(0) == x.stride(axis) * x.shape[axis] for x in tensors)
     images = [slice(0, batch)] if merges or batch == 1 else [slice(b, b + 1) for b in range(batch)]
@@ -305,7 +305,7 @@ def _windows(
     exists = places >= 0
     some = exists.any(1)
     places, parts, exists = places[some], parts[some], exists[some]
-    far = _far(places.shape[1], span, False, device)
+    far = far_pairs(places.shape[1], span, False, device)
     patterns, kinds = torch.cat([exists, parts], 1).unique(dim=0, return_inverse=True)
     windows = []
     for kind, pattern in enumerate(patterns):
@@ -318,14 +318,3 @@ def _windows(
         added = -100.0 * apart.float() if mask != "-inf" and apart.any() else None
         windows.append(Windows(places[kinds == kind], hidden if hidden.any() else None, added))
     return windows
-
-
-@lru_cache(maxsize=64)
-def _far(n_tokens: int, span: int, no_centre: bool, device: torch.device) -> torch.Tensor | None:
-    """Which keys are too far from a query, or itself; None where no key is."""
-    if span < 0 and not no_centre:
-        return None
-    offsets = torch.arange(n_tokens, device=device)
-    distance = (offsets[:, None] - offsets).abs()
-    hidden = distance > span if span >= 0 else torch.zeros_like(distance, dtype=torch.bool)
-    return hidden | (distance == 0) if no_centre else hidden

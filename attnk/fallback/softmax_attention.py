@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-from attnk.memory import empty_in_order, lies_in_order
+from attnk.memory import empty_in_order, in_order
 
 # logits at once: on the CPU as many as a core's cache holds, elsewhere as many as make 32 MiB
 CPU_BLOCK_ELEMENTS = 2**19
@@ -42,7 +42,7 @@ def sdpa(
         is_causal = False
     grouped = bool(q.shape[1] != k.shape[1])  # a tensor while tracing
     out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=grouped)
-    return _in_order(out, like)
+    return in_order(out, like)
 
 
 def fused_fits(
@@ -87,7 +87,7 @@ def softmax_attention_forward(
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q_unit, k, v, 0.0, is_causal, attn_mask=_additive(bias, mask, q.dtype), scale=scale
         )
-        out = _in_order(out, q)
+        out = in_order(out, q)
         kept = lse.clone(memory_format=torch.contiguous_format) if keep else nothing.clone()
         if wants_lse and (bias is not None or mask is not None):  # of a query that sees no key it says otherwise
             unseeing = ~mask.any(-1) if mask is not None else (bias == -torch.inf).all(-1)  # type: ignore[union-attr]
@@ -151,10 +151,10 @@ def softmax_attention_backward(
         dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             dout, q_unit, k, v, out, row_max, 0.0, is_causal, attn_mask=_additive(bias, mask, q.dtype), scale=scale
         )
-        dq = _in_order(dq, q) if needs_dq else nothing[0]
+        dq = in_order(dq, q) if needs_dq else nothing[0]
         if not needs_dkv:
             return dq, nothing[1], nothing[2], nothing[3], nothing[4]
-        dk, dv = (_in_order(_ungrouped(grad, key_heads), like) for grad, like in ((dk, like_k), (dv, like_v)))
+        dk, dv = (in_order(_ungrouped(grad, key_heads), like) for grad, like in ((dk, like_k), (dv, like_v)))
         return dq, dk, dv, nothing[3], nothing[4]
 
     acc_dtype = torch.promote_types(q.dtype, torch.float32)
@@ -204,7 +204,7 @@ def softmax_attention_backward(
             dtable[hs, begin : begin + height + n_rows - 1] += folded.squeeze(1)
     if needs_dkv:
         dkeys, dvalues = (
-            _in_order(_ungrouped(grad, key_heads).to(q.dtype), like)
+            in_order(_ungrouped(grad, key_heads).to(q.dtype), like)
             for grad, like in ((dkeys, like_k), (dvalues, like_v))
         )
     if needs_dbias and bias is not None:
@@ -225,12 +225,6 @@ def _additive(bias: torch.Tensor | None, mask: torch.Tensor | None, dtype: torch
     if mask is not None:
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
     return None if bias is None else bias.to(dtype)
-
-
-def _in_order(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    if lies_in_order(tensor, like):
-        return tensor
-    return empty_in_order(like, tensor.shape, tensor.dtype).copy_(tensor)
 
 
 def _repeated(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -292,7 +286,7 @@ def _add_extras(
     if bias is not None:
         logits += bias[_broadcast_slices(bias, *block)]
     if table is not None:
-        logits += _dense_table(table[:, hs], logits.shape[-1] // width, width, ms).to(logits.dtype)
+        logits += dense_table(table[:, hs], logits.shape[-1] // width, width, ms).to(logits.dtype)
     if mask is not None:
         logits.masked_fill_(~mask[_broadcast_slices(mask, *block)], -torch.inf)
     if is_causal:
@@ -304,7 +298,7 @@ def _add_extras(
     return logits.amax(-1, keepdim=True) == -torch.inf
 
 
-def _dense_table(table: torch.Tensor, height: int, width: int, queries: slice) -> torch.Tensor:
+def dense_table(table: torch.Tensor, height: int, width: int, queries: slice) -> torch.Tensor:
     """The bias (heads, queries, keys) of some rows of the grid's queries."""
     windows = table.t().unflatten(1, (2 * height - 1, 2 * width - 1)).flip(1, 2)
     windows = windows.unfold(1, height, 1).unfold(2, width, 1)  # the query's row and column backwards, the key's

@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 from attnk import dispatch
 from attnk.fallback import group_attention as fallback
-from attnk.groups import group_places, group_window
+from attnk.groups import far_pairs, group_places, group_window
 from attnk.memory import empty_in_order
 from attnk.reference.group_attention import group_attention_reference
 
@@ -474,7 +474,7 @@ def _streamed_axis(
         order = (0, 1, 3, 2, 4) if axis == "row" else (0, 2, 3, 1, 4)
         q, k, v = (x.permute(order).flatten(0, 1) for x in (q, k, v))
         window = group_window(axis, height, width, window)
-        far = fallback._far(math.prod(window), -1 if span is None else span, no_centre, q.device)
+        far = far_pairs(math.prod(window), -1 if span is None else span, no_centre, q.device)
         seen = None if far is None else ~far
     grid = None if table is None else tuple(window)
     if axis == "window":
