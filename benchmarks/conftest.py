@@ -19,6 +19,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--quick", action="store_true", help="one small shape, no torch.compile: does everything run?")
     group.addoption("--results", type=Path, help="write the results to this JSON file")
     group.addoption("--resume", action="store_true", help="keep what that file has from a GPU, and measure the rest")
+    group.addoption("--compile", action="store_true", help="time nothing on a GPU: fill the compilers' caches, with -n")
     group.addoption("--time-box", type=float, metavar="SECONDS", help="for timing on a GPU; 240 by default")
 
 
@@ -26,6 +27,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA or ROCm device; skipped without one")
     harness.busy_before = harness.percent_busy()
     option = config.option
+    harness.only_compiles = option.compile
     if option.time_box is not None:
         harness.time_box.seconds = option.time_box
     if option.resume and option.results is not None and option.results.exists():

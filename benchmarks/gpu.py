@@ -7,7 +7,9 @@ skipped once it is complete. They share the seconds, and go on where they stoppe
 """
 
 import argparse
+import importlib.util
 import json
+import os
 import subprocess
 import sys
 import time
@@ -83,7 +85,19 @@ def path_of(folder: Path, step: Step) -> Path:
 
 def run_tests(path: Path, seconds: float) -> bool:
     """The tests marked ``gpu``. True where one failed or the time ran out."""
-    command = [sys.executable, "-m", "pytest", "tests", "-m", "gpu", "-q", "-p", "no:cacheprovider", "-rf"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "tests",
+        "-m",
+        "gpu",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-rf",
+        *in_parallel(),
+    ]
     try:
         code = subprocess.run(command, cwd=ROOT, timeout=seconds, capture_output=True, text=True, check=False)
         output, passed = code.stdout, code.returncode == 0
@@ -96,9 +110,15 @@ def run_tests(path: Path, seconds: float) -> bool:
     return not passed
 
 
+def in_parallel() -> list[str]:
+    """Options of pytest for as many processes as there are cores: compiling takes most of the time."""
+    return ["-n", str(os.cpu_count())] if importlib.util.find_spec("xdist") else []
+
+
 def run_tune(path: Path, op: str, seconds: float) -> bool:
     """An operation's sweep, one case after another until the time is spent. True where a configuration was wrong."""
     import tune
+    from compiling import Compiler
     from tqdm import tqdm
 
     cases = harness.cases_of(op).tuned_cases()
@@ -106,14 +126,14 @@ def run_tune(path: Path, op: str, seconds: float) -> bool:
     swept = {record["name"] for record in records if record["complete"]}
     todo = [case for case in cases if str(case) not in swept]
     deadline, failed = time.monotonic() + seconds, False
-    with tqdm(todo, desc=f"tuning {op}", unit="case") as bar:
+    with Compiler() as compiler, tqdm(todo, desc=f"tuning {op}", unit="case") as bar:
         for position, case in enumerate(bar):
             left = deadline - time.monotonic()
             if left <= 0:
                 break
             bar.set_postfix_str(str(case))
             try:
-                outcome = tune.sweep(case, left / (len(todo) - position))
+                outcome = tune.sweep(case, left / (len(todo) - position), compiler=compiler)
             except harness.WrongResult as error:
                 print(f"{case}: not tuned, {error}")
                 failed = True
@@ -129,13 +149,19 @@ def run_tune(path: Path, op: str, seconds: float) -> bool:
 
 
 def run_bench(path: Path, op: str, seconds: float) -> bool:
-    """An operation's benchmarks of group ``gpu``, and their picture. True where a provider was wrong or failed."""
+    """An operation's benchmarks of group ``gpu``, and their picture. True where a provider was wrong or failed.
+
+    Everything is first compiled in parallel, which is quicker than one after another by the number of cores.
+    """
     import plot
 
-    command = [
-        sys.executable, "-m", "pytest", f"benchmarks/bench_{op}.py", "--benchmark-only", "-q", "-k", "test_gpu",
-        "--results", str(path), "--resume", "--time-box", str(seconds),
-    ]  # fmt: skip
+    start = time.monotonic()
+    command = [sys.executable, "-m", "pytest", f"benchmarks/bench_{op}.py", "-q", "-k", "test_gpu"]
+    if parallel := in_parallel():
+        environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1"}  # in each of the processes
+        subprocess.run([*command, "--compile", *parallel], cwd=ROOT, env=environment, check=False)
+    left = seconds - (time.monotonic() - start)
+    command += ["--benchmark-only", "--results", str(path), "--resume", "--time-box", str(left)]
     code = subprocess.run(command, cwd=ROOT, check=False).returncode
     if path.exists():
         for png in plot.draw(path, path.with_suffix(".png")):

@@ -4,6 +4,7 @@ A group's name says what its numbers are. Where they are not times (``io``, ``me
 how long counting took and the tables at the end show the numbers.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -115,6 +116,9 @@ def time_one(benchmark: Any, case: Case, which: str, provider: str, compiled: bo
     benchmark.group = f"{group}/{which}, {case}"
     fields = {**case.fields(), "pass": which, "provider": provider}
     if group == "gpu":
+        if harness.only_compiles:
+            compile_one(case, which, provider, compiled)
+            return
         if any((fields | {"group": group}).items() <= known.items() for known in harness.RECORDS):
             pytest.skip("measured already, and --resume")
         if torch.cuda.get_device_properties(0).total_memory < case.needed_memory:
@@ -136,6 +140,18 @@ def time_one(benchmark: Any, case: Case, which: str, provider: str, compiled: bo
     if group == "gpu":
         fields |= case.rates(which, provider, numbers["median_us"] / 1e6, copy_bandwidth())
     note(benchmark, group, **fields)
+
+
+def compile_one(case: Case, which: str, provider: str, compiled: bool) -> None:
+    """Run a provider without timing it, so that compilers keep what they made; once for all passes."""
+    found = case.providers(compiled)
+    if which != "training" or provider not in found:
+        pytest.skip("compiled with the other passes, or nothing to compile")
+    inputs, dout = case.inputs()
+    with contextlib.suppress(harness.Refused), harness.answers(found[provider]):
+        if not case.random:
+            found[provider].infer(inputs)
+        found[provider].backward(found[provider].forward(inputs), inputs, dout)
 
 
 def time_calls(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:

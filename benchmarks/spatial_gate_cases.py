@@ -282,22 +282,21 @@ def tuned_case(options: argparse.Namespace) -> SpatialGateCase:
 
 
 class Tuning:
-    """The spatial gate's part of a sweep: one configuration, timed as forward (keeping for the backward) and backward.
-
-    Raises:
-        harness.WrongResult: what the table's configuration computes is wrong.
-    """
+    """The spatial gate's part of a sweep: one configuration, timed forward (keeping for the backward) and backward."""
 
     def __init__(self, case: SpatialGateCase) -> None:
         from attnk.kernels import spatial_gate as kernels
 
         self.case, self.kernels = case, kernels
         inputs, self.dout = case.inputs()
-        harness.check(case, case.providers(compiled=False), inputs, self.dout)
         self.x = inputs[0].detach()
         self.weight, self.bias = (parameter.detach() for parameter in case.attnk().parameters())
         self.options = (case.shape[1], case.channels_last, "max_avg", "gated", "first", True, True)
         self.start = {"config": case.table_config()}
+
+    def check(self) -> None:
+        """Raise a WrongResult where what the table's configuration computes is wrong."""
+        harness.check(self.case, self.case.providers(compiled=False), *self.case.inputs())
 
     def candidates(self, part: str, best: Any) -> Iterator[Any]:
         """Configurations that differ from the best so far in one thing."""

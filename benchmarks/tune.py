@@ -11,6 +11,7 @@ until nothing is or the time is spent. What counts stands in the operation's ``T
 import argparse
 import dataclasses
 import datetime
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from typing import Any
 
 import harness
 import torch
+from compiling import Compiler
 
 TRIALS, FINAL_ROUNDS = 7, 25
 EXTRAS = (
@@ -66,13 +68,16 @@ class Outcome:
         }
 
 
-def sweep(case: harness.Case, seconds: float, clock: Callable | None = None) -> Outcome:
-    """Sweep one case, part after part of its configuration.
+def sweep(
+    case: harness.Case, seconds: float, clock: Callable | None = None, compiler: Callable | None = None
+) -> Outcome:
+    """Sweep one case: of every part of its configuration what is one step from the best, until nothing is faster.
 
     Args:
         case: its device must run kernels.
         seconds: when to stop trying; the last measurements come on top.
         clock: measures; by default a CudaClock.
+        compiler: is called with the case and all configurations that are tried next.
 
     Raises:
         harness.WrongResult: a configuration computes something else.
@@ -80,46 +85,53 @@ def sweep(case: harness.Case, seconds: float, clock: Callable | None = None) -> 
     clock = clock or harness.CudaClock()
     deadline = time.monotonic() + seconds
     tuning = harness.cases_of(case.op).Tuning(case)
+    tuning.check()
     expected = tuning.results(tuning.start)
     outcome = Outcome(case, {}, {}, dict(tuning.start), 0, True)
-    for position, part in enumerate(tuning.start):
-        now = time.monotonic()
-        until = now + (deadline - now) / (len(tuning.start) - position)
-        _sweep_part(tuning, part, outcome, expected, until, clock)
+    fastest = {part: _seconds(tuning, part, outcome.values, clock) for part in tuning.start}
+    tried = {part: {value} for part, value in tuning.start.items()}
+    todo = _untried(tuning, list(tuning.start), outcome.values, tried)
+    while todo:
+        if compiler:
+            compiler(case, [outcome.values | {part: value} for part, value in todo])
+        improved = []
+        for part, value in todo:
+            if time.monotonic() > deadline:
+                outcome.complete = False
+                break
+            tried[part].add(value)
+            values = outcome.values | {part: value}
+            found = _seconds(tuning, part, values, clock) if _fits(tuning, values, expected) else math.inf
+            if found < WORTH * fastest[part]:
+                outcome.values, fastest[part] = values, found
+                improved.append(part)
+        todo = _untried(tuning, improved, outcome.values, tried) if outcome.complete else []
+    outcome.tried = sum(map(len, tried.values()))
+    for part, start in tuning.start.items():
+        best = outcome.values[part]
+        both = _measure(tuning, part, outcome.values, list(dict.fromkeys((start, best))), FINAL_ROUNDS, clock)
+        if sum(both[best].values()) > sum(both[start].values()):  # it was noise
+            best = start
+        outcome.before |= both[start]
+        outcome.after |= both[best]
+        outcome.values[part] = best
     measured = f"{harness.device_name()}, {datetime.datetime.now(datetime.timezone.utc).date()}"
     row = tuning.row(outcome.values)
     outcome.row = f"{row}  # {measured}, {outcome.gain:.2f}x the row above at {case}"
     return outcome
 
 
-def _sweep_part(
-    tuning: Any, part: str, outcome: Outcome, expected: dict[str, torch.Tensor], until: float, clock: Callable
-) -> None:
-    """Improve one part of the outcome's configuration."""
-    start = best = outcome.values[part]
-    best_seconds = sum(_measure(tuning, part, outcome.values, [best], TRIALS, clock)[best].values())
-    tried, improved = {best}, True
-    while improved:
-        improved = False
-        for value in tuning.candidates(part, best):
-            if value in tried:
-                continue
-            if time.monotonic() > until:
-                outcome.complete = improved = False
-                break
-            tried.add(value)
-            if not _fits(tuning, outcome.values | {part: value}, expected):
-                continue
-            total = sum(_measure(tuning, part, outcome.values, [value], TRIALS, clock)[value].values())
-            if total < WORTH * best_seconds:
-                best, best_seconds, improved = value, total, True
-    both = _measure(tuning, part, outcome.values, list(dict.fromkeys((start, best))), FINAL_ROUNDS, clock)
-    if sum(both[best].values()) > sum(both[start].values()):  # it was noise
-        best = start
-    outcome.before |= both[start]
-    outcome.after |= both[best]
-    outcome.values[part] = best
-    outcome.tried += len(tried)
+def _untried(
+    tuning: Any, parts: list[str], values: dict[str, Any], tried: dict[str, set[Any]]
+) -> list[tuple[str, Any]]:
+    """What is one step from the best of these parts and was not tried."""
+    steps = ((part, value) for part in dict.fromkeys(parts) for value in tuning.candidates(part, values[part]))
+    return [(part, value) for part, value in dict.fromkeys(steps) if value not in tried[part]]
+
+
+def _seconds(tuning: Any, part: str, values: dict[str, Any], clock: Callable) -> float:
+    """What a part of a configuration takes."""
+    return sum(_measure(tuning, part, values, [values[part]], TRIALS, clock)[values[part]].values())
 
 
 def _fits(tuning: Any, values: dict[str, Any], expected: dict[str, torch.Tensor]) -> bool:
@@ -171,7 +183,8 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("Tuning needs a GPU, and torch sees none.")
     case = harness.cases_of(options.op).tuned_case(options)
-    outcome = sweep(case, options.seconds)
+    with Compiler() as compiler:
+        outcome = sweep(case, options.seconds, compiler=compiler)
     print(f"{case}: {outcome.tried} configurations tried" + ("" if outcome.complete else ", then the time was spent"))
     for name, before in outcome.before.items():
         after = outcome.after[name]

@@ -542,6 +542,9 @@ class Numbers:
     def __init__(self, case):
         self.start = {"one": Knob(1), "two": Knob(1)}
 
+    def check(self):
+        pass
+
     def candidates(self, part, best):
         yield from (Knob(best.size * 2), Knob(best.size // 2))
 
@@ -578,6 +581,15 @@ def test_a_sweep_keeps_what_is_faster(tune, gate):
     json.dumps(outcome.fields())
 
 
+def test_a_sweep_compiles_ahead_what_it_tries(tune, gate):
+    compiled = []
+    case = gate.SpatialGateCase((1, 4, 8, 8), "gated")
+    tune.sweep(case, 60, told, lambda what, values: compiled.append((what, values)))
+    assert {what for what, _ in compiled} == {case}
+    sizes = [[(values["one"].size, values["two"].size) for values in each] for _, each in compiled]
+    assert sizes == [[(2, 1), (0, 1), (1, 2), (1, 0)], [(4, 1)], [(8, 1)], [(16, 1)]]
+
+
 def test_a_sweep_ends_in_time(tune, gate):
     outcome = tune.sweep(gate.SpatialGateCase((1, 4, 8, 8), "gated"), -1, told)
     assert not outcome.complete
@@ -598,7 +610,7 @@ def test_tuning_on_a_gpu_goes_on_where_it_stopped(tune, gate, harness, monkeypat
     sweep = tune.sweep
     monkeypatch.setattr(harness, "CudaClock", lambda: told)
     monkeypatch.setattr(gate, "tuned_cases", lambda: cases)
-    monkeypatch.setattr(tune, "sweep", lambda case, seconds: (swept.append(case), sweep(case, seconds))[1])
+    monkeypatch.setattr(tune, "sweep", lambda case, seconds, **_: (swept.append(case), sweep(case, seconds))[1])
     path = tmp_path / "tune.json"
     for seconds, expected, complete in ((0, [], None), (60, cases, True), (60, cases, True)):
         assert not gpu.run_tune(path, "spatial_gate", seconds)

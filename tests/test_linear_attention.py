@@ -120,6 +120,17 @@ def test_wide_heads(backend, device, dims, feature_map):
     check(backend, draw((5, 7), *dims, torch.float16, device, batch=1, heads=1), feature_map=feature_map)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("tokens", "dim"), [(1024, 32), (3000, 64), (784, 96), (784, 128), (300, 192), (300, 256)])
+@pytest.mark.parametrize("layout", ["packed", "packed_map"])
+@MAPS
+def test_on_a_gpu(feature_map, layout, tokens, dim, dtype):
+    """The table's own configurations, in every precision."""
+    inputs = draw((tokens, tokens), dim, None, dtype, "cuda", heads=4, layouts=layout)
+    check("triton", inputs, feature_map=feature_map)
+
+
 @MAPS
 @pytest.mark.parametrize(("slab", "block_v", "dtype"), [(16, 64, torch.float64), (64, 16, torch.float32)])
 def test_slabs(kernels, device, slab, block_v, feature_map, dtype):

@@ -193,6 +193,33 @@ def test_equals_pytorch(backend, device, dtype):
         )
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("tokens", "dim"),
+    [((197, 197), 64), ((577, 144), 32), ((785, 785), 64), ((256, 256), 72), ((300, 300), 80), ((49, 200), 96),
+     ((257, 257), 128), ((130, 70), 160), ((100, 144), 256)],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("extra", ["", "bias", "table", "mask", "dropout", "causal", "everything"])
+def test_on_a_gpu(extra, tokens, dim, dtype):
+    """The table's own configurations, in every precision."""
+    grid = None
+    if extra in ("dropout", "everything"):
+        tokens = tuple(min(number, 196) for number in tokens)  # ``kept`` has as many columns of values as keys
+    if extra in ("table", "everything"):
+        grid = (tokens[0] // 7, 7)
+        tokens = (math.prod(grid),) * 2
+    bias = (1, 4, *tokens) if extra in ("bias", "everything") else None
+    inputs = draw(tokens, dim, None, dtype, "cuda", heads=4, bias=bias, grid=grid, layouts="packed")
+    options: dict[str, Any] = {} if grid is None else {"grid": grid}
+    if extra in ("mask", "everything"):
+        options["mask"] = draw_mask(2, 1, *tokens, device="cuda")
+    if extra in ("dropout", "everything"):
+        options |= {"dropout_p": 0.1, "seed": SEED}
+    check("triton", inputs, is_causal=extra == "causal", returns="both", **options)
+
+
 # Bias, mask, bias table
 
 BROADCAST = [
