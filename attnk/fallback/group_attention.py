@@ -1,6 +1,7 @@
 """Group attention in plain PyTorch: views of rows and columns, copies of windows, attention over all groups at once."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -11,75 +12,82 @@ from attnk.memory import empty_in_order, in_order
 from . import softmax_attention as streaming
 
 
-class Part:
-    """Groups that are attended to in one call: how their tokens are found in a map, and what hides keys from queries.
+@dataclass(frozen=True)
+class Kind:
+    """Groups whose queries see the same keys.
 
     Attributes:
+        number: of those of a call, for dropout.
+        groups: which of those that are taken from a map together.
         hidden: bool (tokens, tokens), or None where every query sees every key.
         added: float (tokens, tokens), added to the logits, or None.
     """
 
-    hidden: torch.Tensor | None = None
+    number: int
+    groups: slice
+    hidden: torch.Tensor | None
     added: torch.Tensor | None = None
 
-    def take(self, x: torch.Tensor) -> torch.Tensor:
-        """(groups, heads, tokens, D) of a map (B, height, width, heads, D)."""
-        raise NotImplementedError
 
-    def put(self, x: torch.Tensor | None, values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """Write what ``take`` would read into a map, if there is none into a new one in the order of another's axes."""
-        raise NotImplementedError
-
-
-class Lines(Part):
+class Lines:
     """Rows or columns of some images, as views of the map."""
 
-    def __init__(self, images: slice, axis: str, hidden: torch.Tensor | None) -> None:
-        self.images, self.hidden = images, hidden
+    def __init__(self, number: int, images: slice, axis: str, hidden: torch.Tensor | None) -> None:
+        self.kinds = [Kind(number, slice(None), hidden)]
+        self.images = images
         self.order = (0, 1, 3, 2, 4) if axis == "row" else (0, 2, 3, 1, 4)
         self.back = (0, 1, 3, 2, 4) if axis == "row" else (0, 3, 1, 2, 4)
 
     def take(self, x: torch.Tensor) -> torch.Tensor:
+        """(groups, heads, tokens, D) of a map (B, height, width, heads, D)."""
         return x[self.images].permute(self.order).flatten(0, 1)
 
-    def put(self, x: torch.Tensor | None, values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    def put(self, x: torch.Tensor | None, values: list[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+        """Write what each kind has into a map, or into a new one whose axes lie in the order of another's."""
+        (lines,) = values
         if x is None and self.images.stop == like.shape[0] and self.images.start == 0:
             # all there is: as it lies, if it lies so already
-            return in_order(values.unflatten(0, (like.shape[0], -1)).permute(self.back), like)
-        x = _new_map(like, values) if x is None else x
-        lines = x[self.images].permute(self.order)
-        lines.copy_(values.unflatten(0, lines.shape[:2]))
+            return in_order(lines.unflatten(0, (like.shape[0], -1)).permute(self.back), like)
+        if x is None:
+            x = empty_in_order(like, (*like.shape[:4], lines.shape[-1]), lines.dtype)
+        part = x[self.images].permute(self.order)
+        part.copy_(lines.unflatten(0, part.shape[:2]))
         return x
 
 
-class Windows(Part):
-    """Windows of all images that hide the same keys, copied token by token."""
+class Windows:
+    """Windows of all images, copied token by token.
 
-    def __init__(self, places: torch.Tensor, hidden: torch.Tensor | None, added: torch.Tensor | None) -> None:
-        self.hidden, self.added = hidden, added
+    Args:
+        places: (windows, tokens) in the map, counted row by row, -1 where there is no token.
+        batch, pixels: images, and tokens of a map.
+        kinds: of windows, which lie together; groups count the images of a window one after another.
+    """
+
+    def __init__(self, places: torch.Tensor, batch: int, pixels: int, kinds: list[Kind]) -> None:
+        self.kinds = kinds
         self.n_tokens = places.shape[1]
-        flat = places.flatten()
-        self.source = flat.clamp(min=0)
-        self.missing = (flat < 0).nonzero().squeeze(1)
-        self.existing = (flat >= 0).nonzero().squeeze(1) if len(self.missing) else None
-        self.target = flat if self.existing is None else flat[self.existing]
+        first = pixels * torch.arange(batch, device=places.device).view(-1, 1)
+        places = torch.where(places.unsqueeze(1) < 0, -1, places.unsqueeze(1) + first).flatten()
+        self.source = places.clamp(min=0)
+        self.missing = (places < 0).nonzero().squeeze(1)
+        existing = (places >= 0).nonzero().squeeze(1)
+        self.target = existing[places[existing].argsort()]
 
     def take(self, x: torch.Tensor) -> torch.Tensor:
-        tokens = x.flatten(1, 2).index_select(1, self.source)
+        """(windows x B, heads, tokens, D) of a map (B, height, width, heads, D)."""
+        tokens = x.flatten(0, 2).index_select(0, self.source)
         if len(self.missing):
-            tokens.index_fill_(1, self.missing, 0)
-        return tokens.unflatten(1, (-1, self.n_tokens)).flatten(0, 1).transpose(1, 2)
+            tokens.index_fill_(0, self.missing, 0)
+        return tokens.unflatten(0, (-1, self.n_tokens)).transpose(1, 2)
 
-    def put(self, x: torch.Tensor | None, values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        x = _new_map(like, values) if x is None else x
-        tokens = values.transpose(1, 2).unflatten(0, (x.shape[0], -1)).flatten(1, 2)
-        tokens = tokens if self.existing is None else tokens.index_select(1, self.existing)
-        x[:, self.target // x.shape[2], self.target % x.shape[2]] = tokens
-        return x
-
-
-def _new_map(like: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    return empty_in_order(like, (*like.shape[:4], values.shape[-1]), values.dtype)
+    def put(self, x: torch.Tensor | None, values: list[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+        """A new map of what each kind has, whose axes lie in the order of another's."""
+        windows = (
+            values[0] if len(values) == 1 else torch.cat([part.transpose(1, 2) for part in values]).transpose(1, 2)
+        )
+        tokens = windows.transpose(1, 2).flatten(0, 1).index_select(0, self.target)
+        return in_order(tokens.unflatten(0, like.shape[:3]), like)
 
 
 def group_attention_forward(
@@ -131,31 +139,26 @@ def _forward(
     rng: torch.Tensor | None, layout: str, geometry: tuple, scale: float, dropout_p: float, wants_lse: bool,
     no_centre: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    out = None
-    lse = q.new_empty(q.shape[:4] if wants_lse else (0,), dtype=torch.promote_types(q.dtype, torch.float32))
-    for number, part in enumerate(_parts((q, k, v), layout, geometry, no_centre)):
-        q_part, k_part, v_part = (part.take(x) for x in (q, k, v))
-        added = _added(part, _pair_bias(bias, table, layout, q, geometry[0]), q.dtype)
-        result, part_lse, *_ = streaming.softmax_attention_forward(
-            q_part,
-            k_part,
-            v_part,
-            added,
-            None,
-            None,
-            _part_rng(rng, layout, number),
-            0,
-            scale,
-            False,
-            dropout_p,
-            False,
-            wants_lse,
-        )
-        out = part.put(out, result, q)
+    out = lse = None
+    dense = _pair_bias(bias, table, layout, q, geometry[0])
+    for groups in _groups((q, k, v), layout, geometry, no_centre):
+        taken = [groups.take(x) for x in (q, k, v)]
+        results = []
+        for kind in groups.kinds:
+            q_part, k_part, v_part = (x[kind.groups] for x in taken)
+            results.append(
+                streaming.softmax_attention_forward(
+                    q_part, k_part, v_part, _added(kind, dense, q.dtype), None, None, _kind_rng(rng, layout, kind),
+                    0, scale, False, dropout_p, False, wants_lse,
+                )
+            )  # fmt: skip
+        out = groups.put(out, [result for result, *_ in results], q)
         if wants_lse:
-            part.put(lse.unsqueeze(-1), part_lse.unsqueeze(-1), q)
+            lse = groups.put(lse, [part.unsqueeze(-1) for _, part, *_ in results], q)
     assert out is not None
-    return out, lse
+    if lse is None:
+        return out, q.new_empty(0, dtype=torch.promote_types(q.dtype, torch.float32))
+    return out, lse.squeeze(-1).contiguous()
 
 
 def group_attention_backward(
@@ -205,7 +208,7 @@ def group_attention_backward(
         by_lse = fused and not pairs_wanted
         *axis_grads, pairs = _backward(
             dout if by_lse else dout * part, q, k, v, None, axis_table, rng, out, both if by_lse else None, axis,
-            geometry, *options, pairs_wanted, no_centre=axis == "column",
+            geometry, *options, pairs_wanted, no_centre=axis == "column", is_joint=True,
         )  # fmt: skip
         grads.append(axis_grads)
         dtables.append(_table_gradient(pairs, axis_table, axis, q, window))
@@ -217,7 +220,7 @@ def _backward(
     dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None,
     table: torch.Tensor | None, rng: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor | None,
     layout: str, geometry: tuple, scale: float, dropout_p: float, needs_dq: bool, needs_dkv: bool, pairs_wanted: bool,
-    no_centre: bool = False,
+    no_centre: bool = False, is_joint: bool = False,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """dq, dk, dv, and the gradient of the bias of all pairs (heads, tokens, tokens); empty where not wanted."""
     acc_dtype = torch.promote_types(q.dtype, torch.float32)
@@ -226,22 +229,28 @@ def _backward(
     needs = (needs_dq, needs_dkv, needs_dkv)
     dense = _pair_bias(bias, table, layout, q, geometry[0])
     pairs = nothing if dense is None or not pairs_wanted else torch.zeros_like(dense, dtype=acc_dtype)
-    for number, part in enumerate(_parts((q, k, v, dout, out), layout, geometry, no_centre)):
-        dout_part, out_part, q_part, k_part, v_part = (part.take(x) for x in (dout, out, q, k, v))
-        part_lse = nothing
-        if lse is not None and lse.numel():
-            part_lse = part.take(lse.unsqueeze(-1)).squeeze(-1).contiguous()
-        *grads, dpairs, _ = streaming.softmax_attention_backward(
-            dout_part, None, q_part, k_part, v_part, _added(part, dense, acc_dtype), None, None,
-            _part_rng(rng, layout, number), out_part, part_lse, nothing, 0, scale, False, dropout_p,
-            needs_dq, needs_dkv, pairs_wanted, False,
-        )  # fmt: skip
+    by_lse = lse is not None and lse.numel() > 0
+    kept = [out] if by_lse or is_joint else []
+    if by_lse and lse is not None:
+        kept.append(lse.unsqueeze(-1))
+    for groups in _groups((q, k, v, dout, out), layout, geometry, no_centre):
+        taken = [groups.take(x) for x in (dout, q, k, v, *kept)]
+        results = []
+        for kind in groups.kinds:
+            dout_part, q_part, k_part, v_part, *kept_parts = (x[kind.groups] for x in taken)
+            out_part, lse_part = (*kept_parts, nothing, nothing)[:2]
+            *grads, dpairs, _ = streaming.softmax_attention_backward(
+                dout_part, None, q_part, k_part, v_part, _added(kind, dense, acc_dtype), None, None,
+                _kind_rng(rng, layout, kind), out_part, lse_part.squeeze(-1).contiguous() if by_lse else nothing,
+                nothing, 0, scale, False, dropout_p, needs_dq, needs_dkv, pairs_wanted, False, is_joint,
+            )  # fmt: skip
+            results.append(grads)
+            if pairs_wanted:
+                pairs += dpairs.squeeze(0)
         maps = [
-            part.put(x, grad, like) if needed else None
-            for x, grad, like, needed in zip(maps, grads, (q, k, v), needs, strict=True)
+            groups.put(x, list(grads), like) if needed else None
+            for x, grads, like, needed in zip(maps, zip(*results, strict=True), (q, k, v), needs, strict=True)
         ]
-        if pairs_wanted:
-            pairs += dpairs.squeeze(0)
     return *(like.new_empty(0) if x is None else x for x, like in zip(maps, (q, k, v), strict=True)), pairs
 
 
@@ -255,14 +264,14 @@ def _pair_bias(
     return streaming.dense_table(table, height, width, slice(0, height * width))
 
 
-def _added(part: Part, dense: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    """What is added to the logits of a part's groups, (1, heads or 1, tokens, tokens), -inf where a key is hidden."""
+def _added(kind: Kind, dense: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """What is added to the logits of a kind's groups, (1, heads or 1, tokens, tokens), -inf where a key is hidden."""
     added = None if dense is None else dense.to(dtype)
-    if part.added is not None:
-        added = part.added.to(dtype) if added is None else added + part.added.to(dtype)
-    if part.hidden is not None:
-        added = part.hidden.new_zeros((), dtype=dtype) if added is None else added
-        added = torch.where(part.hidden, -torch.inf, added)
+    if kind.added is not None:
+        added = kind.added.to(dtype) if added is None else added + kind.added.to(dtype)
+    if kind.hidden is not None:
+        added = kind.hidden.new_zeros((), dtype=dtype) if added is None else added
+        added = torch.where(kind.hidden, -torch.inf, added)
     return None if added is None else added.view(1, -1, *added.shape[-2:])
 
 
@@ -274,41 +283,40 @@ def _table_gradient(
     return table_gradient(pairs, group_window(layout, q.shape[1], q.shape[2], window)).to(table.dtype)
 
 
-def _part_rng(rng: torch.Tensor | None, layout: str, number: int) -> torch.Tensor | None:
-    """Seed and offset of a part: each draws for itself."""
-    return None if rng is None else rng + rng.new_tensor([0, ((layout == "column") << 40) + (number << 20)])
+def _kind_rng(rng: torch.Tensor | None, layout: str, kind: Kind) -> torch.Tensor | None:
+    """Seed and offset of a kind: each draws for itself."""
+    return None if rng is None else rng + rng.new_tensor([0, ((layout == "column") << 40) + (kind.number << 20)])
 
 
-def _parts(
-    tensors: Sequence[torch.Tensor | None], layout: str, geometry: tuple, no_centre: bool = False
-) -> list[Lines] | list[Windows]:
+def _groups(
+    tensors: Sequence[torch.Tensor], layout: str, geometry: tuple, no_centre: bool = False
+) -> Sequence[Lines | Windows]:
     """All groups of a map, in a fixed order."""
-    q = tensors[0]
-    assert q is not None
-    batch, height, width = q.shape[:3]
+    batch, height, width = tensors[0].shape[:3]
     window, shift, dilation, span, mask = geometry
+    device = tensors[0].device
     if layout == "window":
-        return _windows(height, width, tuple(window), tuple(shift), tuple(dilation), span, mask, q.device)
-    hidden = far_pairs((width if layout == "row" else height), span, no_centre, q.device)
+        return [_windows(batch, height, width, tuple(window), tuple(shift), tuple(dilation), span, mask, device)]
+    hidden = far_pairs((width if layout == "row" else height), span, no_centre, device)
     axis = 1 if layout == "row" else 2
-    merges = all(x is None or x.stride(0) == x.stride(axis) * x.shape[axis] for x in tensors)
+    merges = all(x.stride(0) == x.stride(axis) * x.shape[axis] for x in tensors)
     images = [slice(0, batch)] if merges or batch == 1 else [slice(b, b + 1) for b in range(batch)]
-    return [Lines(one, layout, hidden) for one in images]
+    return [Lines(number, one, layout, hidden) for number, one in enumerate(images)]
 
 
 @lru_cache(maxsize=64)
 def _windows(
-    height: int, width: int, window: tuple[int, int], shift: tuple[int, int], dilation: tuple[int, int], span: int,
-    mask: str, device: torch.device,
-) -> list[Windows]:  # fmt: skip
+    batch: int, height: int, width: int, window: tuple[int, int], shift: tuple[int, int], dilation: tuple[int, int],
+    span: int, mask: str, device: torch.device,
+) -> Windows:  # fmt: skip
     places, parts = group_places(height, width, window, shift, dilation, device)
     exists = places >= 0
     some = exists.any(1)
     places, parts, exists = places[some], parts[some], exists[some]
     far = far_pairs(places.shape[1], span, False, device)
-    patterns, kinds = torch.cat([exists, parts], 1).unique(dim=0, return_inverse=True)
-    windows = []
-    for kind, pattern in enumerate(patterns):
+    patterns, kind_of = torch.cat([exists, parts], 1).unique(dim=0, return_inverse=True)
+    kinds, start = [], 0
+    for number, (pattern, count) in enumerate(zip(patterns, kind_of.bincount().tolist(), strict=True)):
         there, part = pattern.bool()[: places.shape[1]], pattern[places.shape[1] :]
         apart = part[:, None] != part
         hidden = ~there.expand(len(part), -1)
@@ -316,5 +324,7 @@ def _windows(
         hidden = hidden if far is None else hidden | far
         hidden = hidden & there[:, None]  # queries that do not exist see all, so that no row is without keys
         added = -100.0 * apart.float() if mask != "-inf" and apart.any() else None
-        windows.append(Windows(places[kinds == kind], hidden if hidden.any() else None, added))
-    return windows
+        groups = slice(start, start + count * batch)
+        kinds.append(Kind(number, groups, hidden if hidden.any() else None, added))
+        start = groups.stop
+    return Windows(places[kind_of.argsort(stable=True)], batch, height * width, kinds)

@@ -10,11 +10,13 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
+from attnk.groups import table_gradient
 from attnk.memory import empty_in_order, in_order
 
 # logits at once: on the CPU as many as a core's cache holds, elsewhere as many as make 32 MiB
 CPU_BLOCK_ELEMENTS = 2**19
 BLOCK_ELEMENTS = 2**23
+DENSE_TABLE_ELEMENTS = 2**22  # a bias table for no more pairs than these becomes a bias
 NEVER_A_LOGIT = -1e30  # below it, lse has lost the logarithm of the sum
 
 Slices = tuple[slice, slice, slice]
@@ -55,8 +57,24 @@ def fused_fits(
     dropout_p: float,
 ) -> bool:
     """Whether PyTorch's fused attention on the CPU computes this forward."""
-    extras = (bias is not None) + (mask is not None) + is_causal
-    return q.device.type == "cpu" and table is None and dropout_p == 0 and q.shape[-1] == v.shape[-1] and extras <= 1
+    extras = (bias is not None) + (mask is not None) + (table is not None) + is_causal
+    if table is not None and not _is_small(table, q):
+        return False
+    return q.device.type == "cpu" and dropout_p == 0 and q.shape[-1] == v.shape[-1] and extras <= 1
+
+
+def _is_small(table: torch.Tensor, q: torch.Tensor) -> bool:
+    return q.shape[1] * q.shape[2] ** 2 <= DENSE_TABLE_ELEMENTS
+
+
+def _bias_and_table(
+    bias: torch.Tensor | None, table: torch.Tensor | None, q: torch.Tensor, width: int
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """A small table as a bias, or both as they are."""
+    if table is None or not _is_small(table, q):
+        return bias, table
+    dense = dense_table(table, q.shape[2] // width, width, slice(0, q.shape[2])).unsqueeze(0)
+    return (dense if bias is None else bias.to(torch.promote_types(q.dtype, torch.float32)) + dense), None
 
 
 def softmax_attention_forward(
@@ -82,7 +100,9 @@ def softmax_attention_forward(
     """
     acc_dtype = torch.promote_types(q.dtype, torch.float32)
     nothing = q.new_empty(0, dtype=acc_dtype)
-    if fused_fits(q, v, bias, mask, table, is_causal, dropout_p):
+    fused = fused_fits(q, v, bias, mask, table, is_causal, dropout_p)
+    bias, table = _bias_and_table(bias, table, q, width)
+    if fused:
         q_unit, k, v = _fused_inputs(q, k, v)
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q_unit, k, v, 0.0, is_causal, attn_mask=_additive(bias, mask, q.dtype), scale=scale
@@ -95,12 +115,13 @@ def softmax_attention_forward(
         return out, lse.clone(memory_format=torch.contiguous_format) if wants_lse else nothing, kept, nothing.clone()
 
     k, v = _repeated(q, k, v)
+    hides = _hides(bias, mask, table)
     out = empty_in_order(q, (*q.shape[:3], v.shape[-1]))
     lse = q.new_empty(q.shape[:3], dtype=acc_dtype) if wants_lse else nothing
-    keys, values = k.to(acc_dtype).transpose(-2, -1), v.to(acc_dtype)
+    keys, values = k.to(acc_dtype), v.to(acc_dtype)
     for number, (bs, hs, ms) in enumerate(_blocks(q, k, width if table is not None else 1)):
-        logits = _logits(q[bs, hs, ms], keys[bs, hs], scale)
-        unseeing = _add_extras(logits, bias, mask, table, width, is_causal, (bs, hs, ms))
+        logits = _logits(_as_batch(q[bs, hs, ms].to(acc_dtype)), _as_batch(keys[bs, hs]), scale)
+        unseeing = _add_extras(logits, bias, mask, table, width, is_causal, (bs, hs, ms), hides)
         if wants_lse:
             torch.logsumexp(logits, -1, out=lse[bs, hs, ms])
         weights = _softmax(logits, unseeing)
@@ -134,15 +155,20 @@ def softmax_attention_backward(
     needs_dkv: bool,
     needs_dbias: bool,
     needs_dtable: bool,
+    is_joint: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The backward, with the arguments and results of the kernels' launcher."""
+    """The backward, with the arguments and results of the kernels' launcher; ``is_joint``: out is of more keys, too."""
     key_heads = k.shape[1]
     like_k, like_v = k, v
     nothing = q.new_empty(0), k.new_empty(0), v.new_empty(0), q.new_empty(0), q.new_empty(0)
+    given_bias, given_table = bias, table
+    fused = fused_fits(q, v, bias, mask, table, is_causal, dropout_p)
+    bias, table = _bias_and_table(bias, table, q, width)
     if (
-        fused_fits(q, v, bias, mask, table, is_causal, dropout_p)
+        fused
         and row_max.numel()
         and not needs_dbias
+        and not needs_dtable
         and dlse is None
         and (bias is None or not (row_max < NEVER_A_LOGIT).logical_and(row_max > -torch.inf).any())
     ):
@@ -161,40 +187,47 @@ def softmax_attention_backward(
     k, v = _repeated(q, k, v)
     keys, values = k.to(acc_dtype), v.to(acc_dtype)
     dq = empty_in_order(q, q.shape) if needs_dq else nothing[0]
-    dkeys, dvalues = (torch.zeros_like(keys), torch.zeros_like(values)) if needs_dkv else nothing[1:3]
-    dbias = torch.zeros_like(bias, dtype=acc_dtype) if bias is not None and needs_dbias else nothing[3]
+    dkeys, dvalues = (torch.empty_like(keys), torch.empty_like(values)) if needs_dkv else nothing[1:3]
+    hides = _hides(bias, mask, table)
+    pairs = None  # the gradient of what is added to the logits, by broadcasting, but not from a large table
+    if bias is not None and (needs_dbias or (needs_dtable and table is None)):
+        pairs = torch.zeros_like(bias, dtype=acc_dtype)
     height = q.shape[2] // width if width else 0
-    if needs_dtable:
+    if needs_dtable and table is not None:
         dtable = q.new_zeros((q.shape[1], 2 * height - 1, 2 * width - 1), dtype=acc_dtype)
     for number, (bs, hs, ms) in enumerate(_blocks(q, k, width if table is not None else 1)):
-        logits = _logits(q[bs, hs, ms], keys[bs, hs].transpose(-2, -1), scale)
-        unseeing = _add_extras(logits, bias, mask, table, width, is_causal, (bs, hs, ms))
+        queries, block_keys, block_values, gradient = (
+            _as_batch(x.to(acc_dtype)) for x in (q[bs, hs, ms], keys[bs, hs], values[bs, hs], dout[bs, hs, ms])
+        )
+        logits = _logits(queries, block_keys, scale)
+        unseeing = _add_extras(logits, bias, mask, table, width, is_causal, (bs, hs, ms), hides)
         weights = _softmax(logits, unseeing)
-        del logits
-        gradient = dout[bs, hs, ms].to(acc_dtype)
-        delta = (out[bs, hs, ms] * gradient).sum(-1, keepdim=True)
-        if dlse is not None:
-            delta -= dlse[bs, hs, ms].unsqueeze(-1)
+        delta = (out[bs, hs, ms] * gradient).sum(-1, keepdim=True) if is_joint else None
         kept = None
         if rng is not None:
             gradient = gradient * _keep_scale(dropout_p)
             kept = _kept(weights, rng, number, dropout_p)
         if needs_dkv:
             dropped = weights if kept is None else weights * kept
-            dvalues[bs, hs] += dropped.transpose(-2, -1) @ gradient
+            _gather(dvalues[bs, hs], dropped.transpose(-2, -1) @ gradient, ms)
             del dropped
-        dlogits = gradient @ values[bs, hs].transpose(-2, -1)
+        dlogits = gradient @ block_values.transpose(-2, -1)
         if kept is not None:
             dlogits.mul_(kept)
-        dlogits.sub_(delta).mul_(weights)
+        if delta is None:
+            torch.ops.aten._softmax_backward_data.out(dlogits, weights, -1, acc_dtype, grad_input=dlogits)
+        else:
+            dlogits.sub_(delta).mul_(weights)
+        if dlse is not None:
+            dlogits.addcmul_(weights, dlse[bs, hs, ms].unsqueeze(-1))
         if needs_dq:
-            dq[bs, hs, ms] = (dlogits @ keys[bs, hs]).mul_(scale)
+            dq[bs, hs, ms] = (dlogits @ block_keys).mul_(scale)
         if needs_dkv:
-            dkeys[bs, hs] += dlogits.transpose(-2, -1) @ (q[bs, hs, ms].to(acc_dtype) * scale)
-        if needs_dbias:
-            part = dbias[_broadcast_slices(dbias, bs, hs, ms)]
+            _gather(dkeys[bs, hs], (dlogits.transpose(-2, -1) @ queries).mul_(scale), ms)
+        if pairs is not None:
+            part = pairs[_broadcast_slices(pairs, bs, hs, ms)]
             part += dlogits.sum_to_size(part.shape)
-        if needs_dtable:
+        if needs_dtable and table is not None:
             # a query adds its keys' gradients to a window of the table, one place further for each step on the grid
             first_row, n_rows = ms.start // width, (ms.stop - ms.start) // width
             folded = F.fold(
@@ -207,12 +240,17 @@ def softmax_attention_backward(
             in_order(_ungrouped(grad, key_heads).to(q.dtype), like)
             for grad, like in ((dkeys, like_k), (dvalues, like_v))
         )
-    if needs_dbias and bias is not None:
-        dbias = dbias.to(bias.dtype)
-    # windows were counted from key to query
-    if needs_dtable and table is not None:
-        return dq, dkeys, dvalues, dbias, dtable.flip(1, 2).flatten(1).t().to(table.dtype).contiguous()
-    return dq, dkeys, dvalues, dbias, nothing[4]
+    dbias, dtable_given = nothing[3], nothing[4]
+    if needs_dbias and given_bias is not None and pairs is not None:
+        dbias = pairs.sum_to_size(given_bias.shape).to(given_bias.dtype)
+    if needs_dtable and given_table is not None:
+        if table is None and pairs is not None:
+            dense = pairs.sum(0).expand(q.shape[1], q.shape[2], q.shape[2])
+            dtable_given = table_gradient(dense, (height, width))
+        else:  # windows were counted from key to query
+            dtable_given = dtable.flip(1, 2).flatten(1).t()
+        dtable_given = dtable_given.to(given_table.dtype).contiguous()
+    return dq, dkeys, dvalues, dbias, dtable_given
 
 
 def _fused_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -261,8 +299,26 @@ def _even_part(size: int, most: int, step: int = 1) -> int:
     return -(-size // (parts * step)) * step
 
 
-def _logits(q: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:
-    return (q.to(keys.dtype) * scale) @ keys
+def _as_batch(x: torch.Tensor) -> torch.Tensor:
+    """The same as one batch of matrices, as it lies if it can: every product would copy it otherwise."""
+    merges = x.shape[0] == 1 or x.shape[1] == 1 or x.stride(0) == x.stride(1) * x.shape[1]
+    return x if merges and 1 in x.stride()[2:] else x.contiguous()
+
+
+def _gather(total: torch.Tensor, part: torch.Tensor, queries: slice) -> None:
+    """Add a part to a total, which begins with that of the first queries."""
+    if queries.start == 0:
+        total.copy_(part)
+    else:
+        total.add_(part)
+
+
+def _logits(queries: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:
+    """Scaled products of what ``_as_batch`` returned."""
+    sizes = queries.shape[:2]
+    queries, keys = queries.flatten(0, 1), keys.flatten(0, 1)
+    nothing = queries.new_empty(1, 1, 1)
+    return torch.baddbmm(nothing, queries, keys.transpose(-2, -1), beta=0, alpha=scale).unflatten(0, sizes)
 
 
 def _broadcast_slices(tensor: torch.Tensor, *slices: slice) -> tuple[slice, ...]:
@@ -277,10 +333,11 @@ def _add_extras(
     width: int,
     is_causal: bool,
     block: Slices,
+    hides: bool,
 ) -> torch.Tensor | None:
     """Add the bias to a block of logits and put -inf where a key is not seen.
 
-    Returns which queries see no key, or None where all see one.
+    Returns which queries see no key, or None where all see one, as they do unless something hides keys.
     """
     _, hs, ms = block
     if bias is not None:
@@ -293,9 +350,13 @@ def _add_extras(
         queries = torch.arange(ms.start, ms.stop, device=logits.device)
         keys = torch.arange(logits.shape[-1], device=logits.device)
         logits.masked_fill_(queries[:, None] < keys, -torch.inf)
-    if bias is None and mask is None and table is None:
-        return None
-    return logits.amax(-1, keepdim=True) == -torch.inf
+    return logits.amax(-1, keepdim=True) == -torch.inf if hides else None
+
+
+def _hides(bias: torch.Tensor | None, mask: torch.Tensor | None, table: torch.Tensor | None) -> bool:
+    """Whether a query may see no key; on the CPU, where that waits for nothing, a bias is asked for -inf."""
+    extras = [extra for extra in (bias, table) if extra is not None]
+    return mask is not None or any(extra.device.type != "cpu" or bool(extra.isneginf().any()) for extra in extras)
 
 
 def dense_table(table: torch.Tensor, height: int, width: int, queries: slice) -> torch.Tensor:
@@ -307,9 +368,11 @@ def dense_table(table: torch.Tensor, height: int, width: int, queries: slice) ->
 
 
 def _softmax(logits: torch.Tensor, unseeing: torch.Tensor | None) -> torch.Tensor:
+    """The softmax, in place of the logits."""
     if unseeing is None:
-        return logits.softmax(-1)
-    return logits.masked_fill_(unseeing, 0).softmax(-1).masked_fill_(unseeing, 0)
+        return torch.softmax(logits, -1, out=logits)
+    logits.masked_fill_(unseeing, 0)
+    return torch.softmax(logits, -1, out=logits).masked_fill_(unseeing, 0)
 
 
 def _keep_scale(dropout_p: float) -> float:
