@@ -28,6 +28,7 @@ QUICK_CPU_CASES = (
     AxialCase("quick", 1, 4, 6, 2, 8, layout="column", memory="map"),
 )
 
+GPU_COMPILED = 2  # cases that torch.compile and FlexAttention take part in
 GPU_CASES = (  # the most telling first: a time box cuts off the last
     ("map 56", "row", "bf16"),
     ("map 56", "column", "bf16"),
@@ -99,6 +100,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     elif metafunc.function is test_gpu:
         cases = [AxialCase.named(*kind, device="cuda") for kind in GPU_CASES]
         cases = cases[: 1 if quick or not torch.cuda.is_available() else None]
+        reporting.compiled_cases.update(cases[:GPU_COMPILED])
         reporting.timed_cases(metafunc, cases, harness.PASSES, PROVIDERS["cuda"])
 
 
@@ -118,7 +120,7 @@ def test_cpu_growth(benchmark: Any, quick: bool, case: AxialCase, which: str, pr
 @pytest.mark.gpu
 @replayed
 def test_gpu(benchmark: Any, quick: bool, case: AxialCase, which: str, provider: str) -> None:
-    compiled = not quick and case.dtype != "fp16"  # compiling takes longer than all the rest
+    compiled = not quick and case in reporting.compiled_cases  # compiling takes longer than all the rest
     reporting.time_one(benchmark, case, which, provider, compiled, budget=0.3)
 
 

@@ -30,6 +30,7 @@ QUICK_CPU_CASES = tuple(
     for feature_map, layout in (("relu", "tokens"), ("elu", "map"), ("softmax", "tokens"))
 )
 
+GPU_COMPILED = 1  # cases that torch.compile and FlexAttention take part in
 GPU_CASES = (  # the most telling first: a time box cuts off the last
     ("SANA 1024", "relu", "bf16"),
     ("efficient attention 128", "softmax", "bf16"),
@@ -125,6 +126,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         cases = [LinearCase.named(*kind, device="cuda") for kind in GPU_CASES]
         cases += [LinearCase.named(*kind, device="cuda", layout="map") for kind in GPU_MAPS]
         cases = cases[: 1 if quick or not torch.cuda.is_available() else None]
+        reporting.compiled_cases.update(cases[:GPU_COMPILED])
         reporting.timed_cases(metafunc, cases, harness.PASSES, PROVIDERS["cuda"])
 
 
@@ -137,7 +139,7 @@ def test_cpu(benchmark: Any, quick: bool, case: LinearCase, which: str, provider
 @pytest.mark.gpu
 @replayed
 def test_gpu(benchmark: Any, quick: bool, case: LinearCase, which: str, provider: str) -> None:
-    compiled = not quick and case.dtype != "fp16"  # compiling takes longer than all the rest
+    compiled = not quick and case in reporting.compiled_cases  # compiling takes longer than all the rest
     reporting.time_one(benchmark, case, which, provider, compiled, budget=0.3)
 
 

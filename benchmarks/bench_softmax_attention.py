@@ -38,6 +38,7 @@ QUICK_CPU_CASES = (
     AttentionCase("quick", 1, 2, 16, 5, 8),
 )
 
+GPU_COMPILED = 3  # cases that torch.compile and FlexAttention take part in
 GPU_CASES = (  # the most telling first: a time box cuts off the last
     ("ViT-B 224", "", "bf16"),
     ("DINOv2 518", "", "bf16"),
@@ -141,6 +142,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     elif metafunc.function is test_gpu:
         cases = [AttentionCase.named(*kind, device="cuda") for kind in GPU_CASES]
         cases = cases[: 1 if quick or not torch.cuda.is_available() else None]
+        reporting.compiled_cases.update(cases[:GPU_COMPILED])
         reporting.timed_cases(metafunc, cases, harness.PASSES, PROVIDERS["cuda"])
 
 
@@ -159,7 +161,7 @@ def test_cpu(benchmark: Any, quick: bool, case: AttentionCase, which: str, provi
 @pytest.mark.gpu
 @replayed
 def test_gpu(benchmark: Any, quick: bool, case: AttentionCase, which: str, provider: str) -> None:
-    compiled = not quick and case.dtype != "fp16"  # compiling takes longer than all the rest
+    compiled = not quick and case in reporting.compiled_cases  # compiling takes longer than all the rest
     reporting.time_one(benchmark, case, which, provider, compiled, budget=0.3)
 
 

@@ -30,6 +30,7 @@ QUICK_CPU_CASES = (
     WindowCase("quick", 2, 6, 6, 2, 8, window=3, shift=1, table=False),
 )
 
+GPU_COMPILED = 2  # cases that torch.compile and FlexAttention take part in
 GPU_CASES = (  # the most telling first: a time box cuts off the last
     ("Swin-T, 56", "shift", "bf16"),  # 8192 windows
     ("Swin-T, 56", "", "bf16"),
@@ -94,6 +95,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     elif metafunc.function is test_gpu:
         cases = [WindowCase.named(*kind, device="cuda") for kind in GPU_CASES]
         cases = cases[: 1 if quick or not torch.cuda.is_available() else None]
+        reporting.compiled_cases.update(cases[:GPU_COMPILED])
         reporting.timed_cases(metafunc, cases, harness.PASSES, PROVIDERS["cuda"])
 
 
@@ -106,7 +108,7 @@ def test_cpu(benchmark: Any, quick: bool, case: WindowCase, which: str, provider
 @pytest.mark.gpu
 @replayed
 def test_gpu(benchmark: Any, quick: bool, case: WindowCase, which: str, provider: str) -> None:
-    compiled = not quick and case.dtype != "fp16"  # compiling takes longer than all the rest
+    compiled = not quick and case in reporting.compiled_cases  # compiling takes longer than all the rest
     reporting.time_one(benchmark, case, which, provider, compiled, budget=0.3)
 
 

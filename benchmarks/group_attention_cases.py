@@ -242,14 +242,14 @@ class GroupCase:
 
     def kernel_bytes(self, which: str, provider: str) -> int:
         """The bytes that attnk's kernels move in a pass: the formula in their file, a table once a launch."""
-        from attnk.kernels.tuning import GROUP_PROGRAMS
+        from attnk.kernels.tuning import DBIAS_GROUP_PROGRAMS
 
         table = self.entries * self.heads * self.itemsize
         forward, backward = 4 * self.size + table, 7 * self.size + table
         if self.entries:
             groups, tokens = self.group(self.axes[0])
             all_groups = self.batch * groups
-            each = max(1, min(self.table_config().backward.groups, all_groups * self.heads // GROUP_PROGRAMS))
+            each = max(1, min(4 * self.table_config().backward.groups, all_groups * self.heads // DBIAS_GROUP_PROGRAMS))
             backward += 4 * -(-all_groups // each) * self.heads * tokens**2
         if len(self.axes) == 2:
             forward, backward = 9 * self.size, 17 * self.size
@@ -349,7 +349,7 @@ def launches(case: GroupCase, architecture: str) -> tuple[Any, ...]:
     inputs, dout = case.inputs()
     with (
         harness.replaced(dispatch, "no_kernel_here", lambda x: None),  # nothing will run
-        harness.replaced(kernels, "architecture", lambda device: architecture),
+        harness.replaced(kernels.common, "architecture", lambda device: architecture),
         record_launches() as recorded,
     ):
         out = case.attnk_kernels(*inputs)
@@ -371,7 +371,8 @@ class Tuning(TileTuning):
 
         tokens = case.longest if case.layout == "window" else max(16, 1 << (case.longest - 1).bit_length())
         key = f"{case.itemsize}, {tokens}, {case.head_dim}, {int(bool(case.entries))}"
-        super().__init__(case, kernels, "group_attention_config", GroupAttentionConfig, TILE_KERNELS, key, "table")
+        config = GroupAttentionConfig
+        super().__init__(case, kernels.common, "group_attention_config", config, TILE_KERNELS, key, "table")
 
     def candidates(self, part: str, best: Any) -> Iterator[Any]:
         """Tiles one step from the best so far."""

@@ -18,6 +18,7 @@ from harness import Case
 from attnk import dispatch
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")  # that kernels are compiled for
+compiled_cases: set[Case] = set()  # of the group gpu, in which compilers take part
 CALLS = 100  # of one function between two looks at the clock, where a call takes microseconds
 
 

@@ -94,14 +94,24 @@ def features(x, FEATURE_MAP: tl.constexpr):
 
 
 @triton.jit
+def over(values, divisors, NARROW: tl.constexpr):
+    """Rows divided by one number each, of NARROW inputs by its reciprocal: a division takes five instructions."""
+    if NARROW:
+        return values * (1.0 / divisors)[:, None]
+    else:
+        return values / divisors[:, None]
+
+
+@triton.jit
 def query_features(q, offs_d, qk_dim, FEATURE_MAP: tl.constexpr, CHECK_D: tl.constexpr, ACC: tl.constexpr):
     """phi of a tile of queries, in the accumulator's dtype."""
+    narrow: tl.constexpr = q.dtype.primitive_bitwidth == 16
     q = q.to(ACC)
     if FEATURE_MAP == "softmax":
         if CHECK_D:
             q = tl.where(offs_d[None, :] < qk_dim, q, float("-inf"))
         y = tl.exp(q - tl.max(q, 1)[:, None])
-        return y / tl.sum(y, 1)[:, None]
+        return over(y, tl.sum(y, 1), narrow)
     else:
         return features(q, FEATURE_MAP)
 
@@ -118,9 +128,28 @@ def through_features(gradient, x, phi, FEATURE_MAP: tl.constexpr):
 
 
 @triton.jit
-def denominators(y, norm, eps, eps_rest):
-    """phi(q) z + eps; a float argument has 32 bits, what it misses of eps comes apart."""
-    total = tl.sum(y * norm[None, :], 1) + eps
+def load_norm(ptr, offs_d, qk_dim, NARROW: tl.constexpr):
+    """z of one head as ``denominators`` take it: of NARROW inputs two of 16 columns, TF32's bits of it and the rest."""
+    norm = tl.load(ptr + offs_d, mask=offs_d < qk_dim, other=0.0)
+    if NARROW:
+        leading = (norm.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+        column = tl.arange(0, 16)[None, :]
+        rest = tl.where(column == 1, (norm - leading)[:, None], 0.0)
+        return tl.where(column == 0, leading[:, None], rest)
+    else:
+        return norm
+
+
+@triton.jit
+def denominators(y, norm, eps, eps_rest, NARROW: tl.constexpr):
+    """phi(q) z + eps; a float argument has 32 bits, what it misses of eps comes apart.
+
+    Of NARROW inputs by a matrix product: phi(q) is at hand as its operand, and would be formed twice otherwise.
+    """
+    if NARROW:
+        total = tl.sum(tl.dot(y, norm, input_precision="tf32"), 1) + eps
+    else:
+        total = tl.sum(y * norm[None, :], 1) + eps
     if y.dtype == tl.float64:
         total += eps_rest
     return total
@@ -264,14 +293,16 @@ def _linear_attention_fwd_kernel(
     offs_v = block * BLOCK_V + tl.arange(0, BLOCK_V)
     state = load_state(state_ptr + head.to(tl.int64) * QK_DIM * V_DIM, offs_d, offs_v, QK_DIM, V_DIM)
     if FEATURE_MAP != "softmax":
-        norm = tl.load(norm_ptr + head.to(tl.int64) * QK_DIM + offs_d, mask=offs_d < QK_DIM, other=0.0)
+        # the columns of larger heads leave no room for the rest
+        narrow: tl.constexpr = q_ptr.dtype.element_ty.primitive_bitwidth == 16 and BLOCK_D <= 128
+        norm = load_norm(norm_ptr + head.to(tl.int64) * QK_DIM, offs_d, QK_DIM, narrow)
     for start in tl.range(begin, end, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)
         q = load_tile(q_ptr, offs_n, offs_d, stride_qn, stride_qd, end, QK_DIM, CHECK_D, UNIT, ALIGN)
         y = query_features(q, offs_d, QK_DIM, FEATURE_MAP, CHECK_D, ACC)
         out = tl.dot(y, state, input_precision=WIDE, out_dtype=ACC)
         if FEATURE_MAP != "softmax":
-            out = out / denominators(y, norm, eps, eps_rest)[:, None]
+            out = over(out, denominators(y, norm, eps, eps_rest, narrow), narrow)
         store_tile(out_ptr, out, offs_n, offs_v, stride_on, stride_od, end, V_DIM, CHECK_V, UNIT, ALIGN)
 
 
@@ -324,7 +355,7 @@ def _linear_attention_bwd_dq_kernel(
             dy = dy - delta[:, None]
         else:
             # 0 beyond the last token, where eps = 0 would give 0 / 0
-            scale = tl.where(offs_n < end, 1.0 / denominators(y, norm, eps, eps_rest), 0.0)
+            scale = tl.where(offs_n < end, 1.0 / denominators(y, norm, eps, eps_rest, False), 0.0)
             delta *= scale
             dy = (dy - delta[:, None] * norm[None, :]) * scale[:, None]
             dout *= scale[:, None]

@@ -23,7 +23,19 @@ import torch
 import triton
 import triton.language as tl
 
-from .tiles import map_sizes, max_keep_nan, over_channels, over_pixels, tile_mask, tile_offsets
+from .tiles import (
+    is_whole,
+    load_tile,
+    load_tile_once,
+    map_sizes,
+    max_keep_nan,
+    over_channels,
+    over_pixels,
+    store_tile,
+    tile_mask,
+    tile_offsets,
+    tile_stride,
+)
 from .tuning import (
     DWEIGHT_BLOCK,
     DWEIGHT_MAX_SLABS,
@@ -71,32 +83,25 @@ def zero_frame(ptr, height, width, RADIUS: tl.constexpr, VALUES: tl.constexpr, F
 @triton.jit
 def pool_tile(
     x_ptr, maps_ptr, index_ptr,
-    offs_p, mask_p, channels, width, stride_outer,
+    tile, pixels, channels, width, stride_outer,
     RADIUS: tl.constexpr, INDEX: tl.constexpr,
-    ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, WHOLE_BLOCKS: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, NUM_STAGES: tl.constexpr,
+    ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """Mean and maximum over the channels of one image's pixels, and the first index of the maximum where wanted."""
     axis: tl.constexpr = 1 if CHANNELS_LAST else 0
-    shape: tl.constexpr = (BLOCK_P, BLOCK_C) if CHANNELS_LAST else (BLOCK_C, BLOCK_P)
-    acc_dtype: tl.constexpr = maps_ptr.dtype.element_ty
-    total = tl.zeros(shape, acc_dtype)
-    largest = tl.full(shape, float("-inf"), acc_dtype)
-    first = tl.full(shape, NO_INDEX, tl.int32)
-    for start in tl.range(0, channels, BLOCK_C, num_stages=NUM_STAGES):
-        offs_c = start + tl.arange(0, BLOCK_C)
-        mask = tile_mask(offs_c, mask_p, channels, CHANNELS_LAST, WHOLE_BLOCKS)
-        offs = tile_offsets(offs_c, offs_p, stride_outer, ALIGN, CHANNELS_LAST)
-        x = tl.load(x_ptr + offs, mask=mask, other=float("-inf")).to(acc_dtype)
-        if WHOLE_BLOCKS:  # only whole pixels are masked, and their sums are never stored
-            total += x
-        else:
-            total += tl.where(mask, x, 0.0)
-        if INDEX:
-            # strictly larger, or the first NaN: then later equals never win
-            wins = (x > largest) | ((x != x) & (largest == largest)) | ((first == NO_INDEX) & mask)
-            first = tl.where(wins, over_pixels(offs_c, CHANNELS_LAST), first)
-        largest = tl.maximum(largest, x, propagate_nan=tl.PropagateNan.ALL)
+    offs_p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
+    mask_p = offs_p < pixels
+    if is_whole(tile, pixels, channels, BLOCK_P, BLOCK_C * STEPS):
+        total, largest, first = pool_channels(
+            x_ptr, offs_p, mask_p, channels, stride_outer,
+            INDEX, True, maps_ptr.dtype.element_ty, ALIGN, CHANNELS_LAST, BLOCK_P, BLOCK_C, STEPS,
+        )  # fmt: skip
+    else:
+        total, largest, first = pool_channels(
+            x_ptr, offs_p, mask_p, channels, stride_outer,
+            INDEX, False, maps_ptr.dtype.element_ty, ALIGN, CHANNELS_LAST, BLOCK_P, BLOCK_C, STEPS,
+        )  # fmt: skip
     peak = max_keep_nan(largest, axis)
     position = 2 * framed_position(offs_p, width, RADIUS)
     tl.store(maps_ptr + position, tl.sum(total, axis) / channels, mask=mask_p)
@@ -105,6 +110,65 @@ def pool_tile(
         peaks = over_channels(peak, CHANNELS_LAST)
         is_peak = (largest == peaks) | ((largest != largest) & (peaks != peaks))
         tl.store(index_ptr + offs_p, tl.min(tl.where(is_peak, first, NO_INDEX), axis), mask=mask_p)
+
+
+@triton.jit
+def pool_channels(
+    x_ptr, offs_p, mask_p, channels, stride_outer,
+    INDEX: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr,
+    ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """Sums, maxima and their first indices over every BLOCK_C-th channel, one tile of each."""
+    shape: tl.constexpr = (BLOCK_P, BLOCK_C) if CHANNELS_LAST else (BLOCK_C, BLOCK_P)
+    total = tl.zeros(shape, ACC)
+    largest = tl.full(shape, float("-inf"), ACC)
+    first = tl.full(shape, NO_INDEX, tl.int32)
+    offs_c = tl.arange(0, BLOCK_C)
+    offs = tile_offsets(offs_c, offs_p, stride_outer, ALIGN, CHANNELS_LAST)
+    stride = tile_stride(stride_outer, ALIGN, CHANNELS_LAST, BLOCK_C)
+    for start in tl.range(0, channels, BLOCK_C * STEPS):  # all loads come before the first use
+        c0 = start + offs_c
+        x0 = load_tile(x_ptr + offs, c0, mask_p, channels, float("-inf"), WHOLE, CHANNELS_LAST)
+        if STEPS >= 2:
+            c1 = start + offs_c + 1 * BLOCK_C
+            x1 = load_tile(x_ptr + 1 * stride + offs, c1, mask_p, channels, float("-inf"), WHOLE, CHANNELS_LAST)
+        if STEPS == 4:
+            c2 = start + offs_c + 2 * BLOCK_C
+            x2 = load_tile(x_ptr + 2 * stride + offs, c2, mask_p, channels, float("-inf"), WHOLE, CHANNELS_LAST)
+            c3 = start + offs_c + 3 * BLOCK_C
+            x3 = load_tile(x_ptr + 3 * stride + offs, c3, mask_p, channels, float("-inf"), WHOLE, CHANNELS_LAST)
+        total, largest, first = pool_step(x0, c0, mask_p, channels, total, largest, first, INDEX, WHOLE, CHANNELS_LAST)
+        if STEPS >= 2:
+            total, largest, first = pool_step(
+                x1, c1, mask_p, channels, total, largest, first, INDEX, WHOLE, CHANNELS_LAST
+            )
+        if STEPS == 4:
+            total, largest, first = pool_step(
+                x2, c2, mask_p, channels, total, largest, first, INDEX, WHOLE, CHANNELS_LAST
+            )
+            total, largest, first = pool_step(
+                x3, c3, mask_p, channels, total, largest, first, INDEX, WHOLE, CHANNELS_LAST
+            )
+        x_ptr += STEPS * stride
+    return total, largest, first
+
+
+@triton.jit
+def pool_step(
+    x, offs_c, mask_p, channels, total, largest, first,
+    INDEX: tl.constexpr, WHOLE: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+):  # fmt: skip
+    x = x.to(total.dtype)
+    mask = tile_mask(offs_c, mask_p, channels, CHANNELS_LAST)
+    if INDEX:
+        # strictly larger, or the first NaN: then later equals never win
+        wins = (x > largest) | ((x != x) & (largest == largest)) | ((first == NO_INDEX) & mask)
+        first = tl.where(wins, over_pixels(offs_c, CHANNELS_LAST), first)
+    largest = tl.maximum(largest, x, propagate_nan=tl.PropagateNan.ALL)
+    if not WHOLE:
+        x = tl.where(mask, x, 0.0)
+    return total + x, largest, first
 
 
 @triton.jit
@@ -138,61 +202,52 @@ def logit_at(
 def scale_tile(
     x_ptr, out_ptr,
     gate, offs_p, mask_p, channels, stride_outer, out_stride_outer,
-    OUTPUT: tl.constexpr, ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, WHOLE_BLOCKS: tl.constexpr,
-    BLOCK_C: tl.constexpr, NUM_STAGES: tl.constexpr,
+    OUTPUT: tl.constexpr, WHOLE: tl.constexpr,
+    ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """out = x * gate (+ x) for the pixels of one image."""
     gates = over_channels(gate, CHANNELS_LAST)
-    for start in tl.range(0, channels, BLOCK_C, num_stages=NUM_STAGES):
-        offs_c = start + tl.arange(0, BLOCK_C)
-        mask = tile_mask(offs_c, mask_p, channels, CHANNELS_LAST, WHOLE_BLOCKS)
-        offs = tile_offsets(offs_c, offs_p, stride_outer, ALIGN, CHANNELS_LAST)
-        x = tl.load(x_ptr + offs, mask=mask, other=0.0, eviction_policy="evict_first").to(gate.dtype)
+    offs_c = tl.arange(0, BLOCK_C)
+    offs = tile_offsets(offs_c, offs_p, stride_outer, ALIGN, CHANNELS_LAST)
+    out_offs = tile_offsets(offs_c, offs_p, out_stride_outer, ALIGN, CHANNELS_LAST)
+    for _ in tl.range(0, channels, BLOCK_C):
+        x = load_tile_once(x_ptr + offs, offs_c, mask_p, channels, 0.0, WHOLE, CHANNELS_LAST).to(gate.dtype)
         out = x * gates
         if OUTPUT == "residual":
             out += x
-        out_offs = tile_offsets(offs_c, offs_p, out_stride_outer, ALIGN, CHANNELS_LAST)
-        tl.store(out_ptr + out_offs, out.to(out_ptr.dtype.element_ty), mask=mask)
+        store_tile(out_ptr + out_offs, out, offs_c, mask_p, channels, WHOLE, CHANNELS_LAST)
+        x_ptr += tile_stride(stride_outer, ALIGN, CHANNELS_LAST, BLOCK_C)
+        out_ptr += tile_stride(out_stride_outer, ALIGN, CHANNELS_LAST, BLOCK_C)
+        offs_c += BLOCK_C
 
 
 @triton.jit
 def dgate_tile(
     x_ptr, dout_ptr, maps_ptr, gate_ptr, dz_ptr, index_ptr,
-    offs_p, mask_p, channels, width, stride_outer, dout_stride_outer,
+    tile, pixels, channels, width, stride_outer, dout_stride_outer,
     RADIUS: tl.constexpr, OUTPUT: tl.constexpr, EVEN_TIES: tl.constexpr,
-    ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, WHOLE_BLOCKS: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, NUM_STAGES: tl.constexpr,
+    ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the logit, and from the same read of x the first index of the maximum (how many, EVEN_TIES)."""
     axis: tl.constexpr = 1 if CHANNELS_LAST else 0
-    shape: tl.constexpr = (BLOCK_P, BLOCK_C) if CHANNELS_LAST else (BLOCK_C, BLOCK_P)
     acc_dtype: tl.constexpr = maps_ptr.dtype.element_ty
     scaled: tl.constexpr = OUTPUT == "gated" or OUTPUT == "residual"
+    offs_p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
+    mask_p = offs_p < pixels
     position = framed_position(offs_p, width, RADIUS)
     if scaled or EVEN_TIES:
         peak = tl.load(maps_ptr + 2 * position + 1, mask=mask_p, other=0.0)
-        peaks = over_channels(peak, CHANNELS_LAST)
-        acc = tl.zeros(shape, acc_dtype)
-        if EVEN_TIES:
-            index = tl.zeros(shape, acc_dtype)
+        if is_whole(tile, pixels, channels, BLOCK_P, BLOCK_C * STEPS):
+            acc, index = dgate_channels(
+                x_ptr, dout_ptr, peak, offs_p, mask_p, channels, stride_outer, dout_stride_outer,
+                scaled, EVEN_TIES, True, ALIGN, CHANNELS_LAST, BLOCK_P, BLOCK_C, STEPS,
+            )  # fmt: skip
         else:
-            index = tl.full(shape, NO_INDEX, tl.int32)
-        for start in tl.range(0, channels, BLOCK_C, num_stages=NUM_STAGES):
-            offs_c = start + tl.arange(0, BLOCK_C)
-            mask = tile_mask(offs_c, mask_p, channels, CHANNELS_LAST, WHOLE_BLOCKS)
-            offs = tile_offsets(offs_c, offs_p, stride_outer, ALIGN, CHANNELS_LAST)
-            x = tl.load(x_ptr + offs, mask=mask, other=0.0, eviction_policy="evict_first").to(acc_dtype)
-            if scaled:
-                dout_offs = tile_offsets(offs_c, offs_p, dout_stride_outer, ALIGN, CHANNELS_LAST)
-                acc += x * tl.load(dout_ptr + dout_offs, mask=mask, other=0.0).to(acc_dtype)
-            if WHOLE_BLOCKS:
-                is_peak = x == peaks
-            else:
-                is_peak = (x == peaks) & mask
-            if EVEN_TIES:
-                index += is_peak.to(acc_dtype)
-            else:
-                index = tl.minimum(index, tl.where(is_peak, over_pixels(offs_c, CHANNELS_LAST), NO_INDEX))
+            acc, index = dgate_channels(
+                x_ptr, dout_ptr, peak, offs_p, mask_p, channels, stride_outer, dout_stride_outer,
+                scaled, EVEN_TIES, False, ALIGN, CHANNELS_LAST, BLOCK_P, BLOCK_C, STEPS,
+            )  # fmt: skip
         if EVEN_TIES:
             tl.store(index_ptr + offs_p, tl.sum(index, axis).to(tl.int32), mask=mask_p)
         else:
@@ -207,6 +262,93 @@ def dgate_tile(
         gate = tl.load(gate_ptr + offs_p, mask=mask_p, other=0.0)
         dz = dgate * gate * (1.0 - gate)
     tl.store(dz_ptr + position, dz, mask=mask_p)
+
+
+@triton.jit
+def dgate_channels(
+    x_ptr, dout_ptr, peak, offs_p, mask_p, channels, stride_outer, dout_stride_outer,
+    SCALED: tl.constexpr, EVEN_TIES: tl.constexpr, WHOLE: tl.constexpr,
+    ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """Sums of x * dout, and indices or numbers of maxima, over every BLOCK_C-th channel, one tile of each."""
+    shape: tl.constexpr = (BLOCK_P, BLOCK_C) if CHANNELS_LAST else (BLOCK_C, BLOCK_P)
+    peaks = over_channels(peak, CHANNELS_LAST)
+    acc = tl.zeros(shape, peak.dtype)
+    if EVEN_TIES:
+        index = tl.zeros(shape, peak.dtype)
+    else:
+        index = tl.full(shape, NO_INDEX, tl.int32)
+    offs_c = tl.arange(0, BLOCK_C)
+    offs = tile_offsets(offs_c, offs_p, stride_outer, ALIGN, CHANNELS_LAST)
+    stride = tile_stride(stride_outer, ALIGN, CHANNELS_LAST, BLOCK_C)
+    dout_offs = tile_offsets(offs_c, offs_p, dout_stride_outer, ALIGN, CHANNELS_LAST)
+    dout_stride = tile_stride(dout_stride_outer, ALIGN, CHANNELS_LAST, BLOCK_C)
+    for start in tl.range(0, channels, BLOCK_C * STEPS):  # all loads come before the first use
+        c0 = start + offs_c
+        x0 = load_tile_once(x_ptr + offs, c0, mask_p, channels, 0.0, WHOLE, CHANNELS_LAST)
+        dout0 = x0
+        if SCALED:
+            dout0 = load_tile(dout_ptr + dout_offs, c0, mask_p, channels, 0.0, WHOLE, CHANNELS_LAST)
+        if STEPS >= 2:
+            c1 = start + offs_c + 1 * BLOCK_C
+            x1 = load_tile_once(x_ptr + 1 * stride + offs, c1, mask_p, channels, 0.0, WHOLE, CHANNELS_LAST)
+            dout1 = x1
+            if SCALED:
+                dout1 = load_tile(
+                    dout_ptr + 1 * dout_stride + dout_offs, c1, mask_p, channels, 0.0, WHOLE, CHANNELS_LAST
+                )
+        if STEPS == 4:
+            c2 = start + offs_c + 2 * BLOCK_C
+            x2 = load_tile_once(x_ptr + 2 * stride + offs, c2, mask_p, channels, 0.0, WHOLE, CHANNELS_LAST)
+            dout2 = x2
+            if SCALED:
+                dout2 = load_tile(
+                    dout_ptr + 2 * dout_stride + dout_offs, c2, mask_p, channels, 0.0, WHOLE, CHANNELS_LAST
+                )
+            c3 = start + offs_c + 3 * BLOCK_C
+            x3 = load_tile_once(x_ptr + 3 * stride + offs, c3, mask_p, channels, 0.0, WHOLE, CHANNELS_LAST)
+            dout3 = x3
+            if SCALED:
+                dout3 = load_tile(
+                    dout_ptr + 3 * dout_stride + dout_offs, c3, mask_p, channels, 0.0, WHOLE, CHANNELS_LAST
+                )
+        acc, index = dgate_step(
+            x0, dout0, peaks, c0, mask_p, channels, acc, index, SCALED, EVEN_TIES, WHOLE, CHANNELS_LAST
+        )
+        if STEPS >= 2:
+            acc, index = dgate_step(
+                x1, dout1, peaks, c1, mask_p, channels, acc, index, SCALED, EVEN_TIES, WHOLE, CHANNELS_LAST
+            )
+        if STEPS == 4:
+            acc, index = dgate_step(
+                x2, dout2, peaks, c2, mask_p, channels, acc, index, SCALED, EVEN_TIES, WHOLE, CHANNELS_LAST
+            )
+            acc, index = dgate_step(
+                x3, dout3, peaks, c3, mask_p, channels, acc, index, SCALED, EVEN_TIES, WHOLE, CHANNELS_LAST
+            )
+        x_ptr += STEPS * stride
+        if SCALED:
+            dout_ptr += STEPS * dout_stride
+    return acc, index
+
+
+@triton.jit
+def dgate_step(
+    x, dout, peaks, offs_c, mask_p, channels, acc, index,
+    SCALED: tl.constexpr, EVEN_TIES: tl.constexpr, WHOLE: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+):  # fmt: skip
+    x = x.to(acc.dtype)
+    if SCALED:
+        acc += x * dout.to(acc.dtype)
+    is_peak = x == peaks
+    if not WHOLE:
+        is_peak &= tile_mask(offs_c, mask_p, channels, CHANNELS_LAST)
+    if EVEN_TIES:
+        index += is_peak.to(acc.dtype)
+    else:
+        index = tl.minimum(index, tl.where(is_peak, over_pixels(offs_c, CHANNELS_LAST), NO_INDEX))
+    return acc, index
 
 
 @triton.jit
@@ -240,9 +382,8 @@ def dmaps_at(
 def dx_tile(
     x_ptr, dout_ptr, maps_ptr, gate_ptr, index_ptr, dx_ptr,
     davg, dmax, offs_p, mask_p, channels, width, stride_outer, dout_stride_outer, dx_stride_outer,
-    RADIUS: tl.constexpr, OUTPUT: tl.constexpr, EVEN_TIES: tl.constexpr,
-    ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, WHOLE_BLOCKS: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, NUM_STAGES: tl.constexpr,
+    RADIUS: tl.constexpr, OUTPUT: tl.constexpr, EVEN_TIES: tl.constexpr, WHOLE: tl.constexpr,
+    ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """dx = dout * gate (+ dout) + davg / channels, and dmax where the maximum was."""
     shape: tl.constexpr = (BLOCK_P, BLOCK_C) if CHANNELS_LAST else (BLOCK_C, BLOCK_P)
@@ -260,25 +401,30 @@ def dx_tile(
     indices = over_channels(index, CHANNELS_LAST)
     if scaled:
         gates = over_channels(tl.load(gate_ptr + offs_p, mask=mask_p, other=0.0), CHANNELS_LAST)
-    for start in tl.range(0, channels, BLOCK_C, num_stages=NUM_STAGES):
-        offs_c = start + tl.arange(0, BLOCK_C)
-        mask = tile_mask(offs_c, mask_p, channels, CHANNELS_LAST, WHOLE_BLOCKS)
+    offs_c = tl.arange(0, BLOCK_C)
+    offs = tile_offsets(offs_c, offs_p, stride_outer, ALIGN, CHANNELS_LAST)
+    dout_offs = tile_offsets(offs_c, offs_p, dout_stride_outer, ALIGN, CHANNELS_LAST)
+    dx_offs = tile_offsets(offs_c, offs_p, dx_stride_outer, ALIGN, CHANNELS_LAST)
+    for _ in tl.range(0, channels, BLOCK_C):
         dx = tl.zeros(shape, acc_dtype) + davgs
         if scaled:
-            dout_offs = tile_offsets(offs_c, offs_p, dout_stride_outer, ALIGN, CHANNELS_LAST)
-            dout = tl.load(dout_ptr + dout_offs, mask=mask, other=0.0, eviction_policy="evict_first").to(acc_dtype)
+            dout_ptrs = dout_ptr + dout_offs
+            dout = load_tile_once(dout_ptrs, offs_c, mask_p, channels, 0.0, WHOLE, CHANNELS_LAST).to(acc_dtype)
+            dout_ptr += tile_stride(dout_stride_outer, ALIGN, CHANNELS_LAST, BLOCK_C)
             dx += dout * gates
             if OUTPUT == "residual":
                 dx += dout
         if EVEN_TIES:
-            offs = tile_offsets(offs_c, offs_p, stride_outer, ALIGN, CHANNELS_LAST)
-            is_peak = tl.load(x_ptr + offs, mask=mask, other=0.0).to(acc_dtype) == peaks
+            x = load_tile_once(x_ptr + offs, offs_c, mask_p, channels, 0.0, WHOLE, CHANNELS_LAST)
+            x_ptr += tile_stride(stride_outer, ALIGN, CHANNELS_LAST, BLOCK_C)
+            is_peak = x.to(acc_dtype) == peaks
         else:
             is_peak = over_pixels(offs_c, CHANNELS_LAST) == indices
         # not dx + where(is_peak, dmax, 0): that form converts layouts inside the loop
         dx = tl.where(is_peak, dx + dmaxes, dx)
-        dx_offs = tile_offsets(offs_c, offs_p, dx_stride_outer, ALIGN, CHANNELS_LAST)
-        tl.store(dx_ptr + dx_offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        store_tile(dx_ptr + dx_offs, dx, offs_c, mask_p, channels, WHOLE, CHANNELS_LAST)
+        dx_ptr += tile_stride(dx_stride_outer, ALIGN, CHANNELS_LAST, BLOCK_C)
+        offs_c += BLOCK_C
 
 
 @triton.jit
@@ -287,8 +433,8 @@ def _spatial_gate_fwd_pool_kernel(
     outer, inner, height, width, n_tiles,
     stride_xb, stride_xo,
     RADIUS: tl.constexpr, INDEX: tl.constexpr,
-    ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, WHOLE_BLOCKS: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, NUM_STAGES: tl.constexpr, FRAME_BLOCK: tl.constexpr,
+    ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, STEPS: tl.constexpr, FRAME_BLOCK: tl.constexpr,
 ):  # fmt: skip
     # an image has n_tiles programs, and before them one that zeroes the frame of its maps
     pid = tl.program_id(0)
@@ -299,11 +445,10 @@ def _spatial_gate_fwd_pool_kernel(
     if tile < 0:
         zero_frame(maps_ptr, height, width, RADIUS, 2, FRAME_BLOCK)
     else:
-        offs_p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
         pool_tile(
             x_ptr + image * stride_xb * ALIGN, maps_ptr, index_ptr + image * pixels,
-            offs_p, offs_p < pixels, channels, width, stride_xo,
-            RADIUS, INDEX, ALIGN, CHANNELS_LAST, WHOLE_BLOCKS, BLOCK_P, BLOCK_C, NUM_STAGES,
+            tile, pixels, channels, width, stride_xo,
+            RADIUS, INDEX, ALIGN, CHANNELS_LAST, BLOCK_P, BLOCK_C, STEPS,
         )  # fmt: skip
 
 
@@ -314,14 +459,15 @@ def _spatial_gate_fwd_kernel(
     stride_xb, stride_xo, stride_wm, stride_wh, stride_ww,
     KERNEL: tl.constexpr, LANES: tl.constexpr, AVG_FIRST: tl.constexpr, HAS_BIAS: tl.constexpr,
     OUTPUT: tl.constexpr, KEEP: tl.constexpr,
-    ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, WHOLE_BLOCKS: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, NUM_STAGES: tl.constexpr,
+    ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     RADIUS: tl.constexpr = KERNEL // 2
     pid = tl.num_programs(0) - 1 - tl.program_id(0)  # last pooled, first scaled: that x is still in L2
     image = (pid // n_tiles).to(tl.int64)
     channels, pixels = map_sizes(outer, inner, ALIGN, CHANNELS_LAST)
-    offs_p = pid % n_tiles * BLOCK_P + tl.arange(0, BLOCK_P)
+    tile = pid % n_tiles
+    offs_p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
     mask_p = offs_p < pixels
     logit = logit_at(
         maps_ptr + image * (height + 2 * RADIUS) * (width + 2 * RADIUS) * 2, weight_ptr, bias_ptr,
@@ -336,11 +482,18 @@ def _spatial_gate_fwd_kernel(
     elif OUTPUT == "logit":
         tl.store(out_ptr + image * pixels + offs_p, logit.to(out_ptr.dtype.element_ty), mask=mask_p)
     else:
-        scale_tile(
-            x_ptr + image * stride_xb * ALIGN, out_ptr + image * channels * pixels,
-            gate, offs_p, mask_p, channels, stride_xo, inner,
-            OUTPUT, ALIGN, CHANNELS_LAST, WHOLE_BLOCKS, BLOCK_C, NUM_STAGES,
-        )  # fmt: skip
+        if is_whole(tile, pixels, channels, BLOCK_P, BLOCK_C * STEPS):
+            scale_tile(
+                x_ptr + image * stride_xb * ALIGN, out_ptr + image * channels * pixels,
+                gate, offs_p, mask_p, channels, stride_xo, inner,
+                OUTPUT, True, ALIGN, CHANNELS_LAST, BLOCK_C * STEPS,
+            )  # fmt: skip
+        else:
+            scale_tile(
+                x_ptr + image * stride_xb * ALIGN, out_ptr + image * channels * pixels,
+                gate, offs_p, mask_p, channels, stride_xo, inner,
+                OUTPUT, False, ALIGN, CHANNELS_LAST, BLOCK_C * STEPS,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -350,8 +503,8 @@ def _spatial_gate_fwd_lagged_kernel(
     stride_xb, stride_xo, stride_wm, stride_wh, stride_ww,
     KERNEL: tl.constexpr, LANES: tl.constexpr, AVG_FIRST: tl.constexpr, HAS_BIAS: tl.constexpr,
     OUTPUT: tl.constexpr, KEEP: tl.constexpr,
-    ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, WHOLE_BLOCKS: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, NUM_STAGES: tl.constexpr, FRAME_BLOCK: tl.constexpr,
+    ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, STEPS: tl.constexpr, FRAME_BLOCK: tl.constexpr,
 ):  # fmt: skip
     # Ticket t pools tile t, then finishes tile t - lag, whose x is still in L2. counters: [ticket, pooled tiles of
     # each image], zero at launch. A program waits for smaller tickets only, which running programs hold: no deadlock.
@@ -365,11 +518,10 @@ def _spatial_gate_fwd_lagged_kernel(
         if tile < 0:
             zero_frame(maps_ptr + image * framed * 2, height, width, RADIUS, 2, FRAME_BLOCK)
         else:
-            offs_p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
             pool_tile(
                 x_ptr + image * stride_xb * ALIGN, maps_ptr + image * framed * 2, gate_ptr,
-                offs_p, offs_p < pixels, channels, width, stride_xo,
-                RADIUS, False, ALIGN, CHANNELS_LAST, WHOLE_BLOCKS, BLOCK_P, BLOCK_C, NUM_STAGES,
+                tile, pixels, channels, width, stride_xo,
+                RADIUS, False, ALIGN, CHANNELS_LAST, BLOCK_P, BLOCK_C, STEPS,
             )  # fmt: skip
         tl.debug_barrier()  # every thread's stores come before the one release
         tl.atomic_add(counters_ptr + 1 + image, 1, sem="release")
@@ -391,11 +543,18 @@ def _spatial_gate_fwd_lagged_kernel(
             )  # fmt: skip
             if KEEP:
                 tl.store(gate_ptr + image * pixels + offs_p, gate, mask=mask_p)
-            scale_tile(
-                x_ptr + image * stride_xb * ALIGN, out_ptr + image * channels * pixels,
-                gate, offs_p, mask_p, channels, stride_xo, inner,
-                OUTPUT, ALIGN, CHANNELS_LAST, WHOLE_BLOCKS, BLOCK_C, NUM_STAGES,
-            )  # fmt: skip
+            if is_whole(tile, pixels, channels, BLOCK_P, BLOCK_C * STEPS):
+                scale_tile(
+                    x_ptr + image * stride_xb * ALIGN, out_ptr + image * channels * pixels,
+                    gate, offs_p, mask_p, channels, stride_xo, inner,
+                    OUTPUT, True, ALIGN, CHANNELS_LAST, BLOCK_C * STEPS,
+                )  # fmt: skip
+            else:
+                scale_tile(
+                    x_ptr + image * stride_xb * ALIGN, out_ptr + image * channels * pixels,
+                    gate, offs_p, mask_p, channels, stride_xo, inner,
+                    OUTPUT, False, ALIGN, CHANNELS_LAST, BLOCK_C * STEPS,
+                )  # fmt: skip
 
 
 @triton.jit
@@ -404,8 +563,8 @@ def _spatial_gate_bwd_dgate_kernel(
     outer, inner, height, width, n_tiles,
     stride_xb, stride_xo, stride_dob, stride_doo,
     RADIUS: tl.constexpr, OUTPUT: tl.constexpr, EVEN_TIES: tl.constexpr,
-    ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, WHOLE_BLOCKS: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, NUM_STAGES: tl.constexpr, FRAME_BLOCK: tl.constexpr,
+    ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, STEPS: tl.constexpr, FRAME_BLOCK: tl.constexpr,
 ):  # fmt: skip
     # an image has n_tiles programs, and before them one that zeroes the frame of dz
     pid = tl.program_id(0)
@@ -421,12 +580,11 @@ def _spatial_gate_bwd_dgate_kernel(
     if tile < 0:
         zero_frame(dz_ptr + image * framed, height, width, RADIUS, 1, FRAME_BLOCK)
     else:
-        offs_p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
         dgate_tile(
             x_ptr + image * stride_xb * ALIGN, dout_ptr, maps_ptr + image * framed * 2,
             gate_ptr + image * pixels, dz_ptr + image * framed, index_ptr + image * pixels,
-            offs_p, offs_p < pixels, channels, width, stride_xo, stride_doo,
-            RADIUS, OUTPUT, EVEN_TIES, ALIGN, CHANNELS_LAST, WHOLE_BLOCKS, BLOCK_P, BLOCK_C, NUM_STAGES,
+            tile, pixels, channels, width, stride_xo, stride_doo,
+            RADIUS, OUTPUT, EVEN_TIES, ALIGN, CHANNELS_LAST, BLOCK_P, BLOCK_C, STEPS,
         )  # fmt: skip
 
 
@@ -436,28 +594,38 @@ def _spatial_gate_bwd_dx_kernel(
     outer, inner, height, width, n_tiles,
     stride_xb, stride_xo, stride_dob, stride_doo, stride_wm, stride_wh, stride_ww,
     KERNEL: tl.constexpr, LANES: tl.constexpr, AVG_FIRST: tl.constexpr, OUTPUT: tl.constexpr, EVEN_TIES: tl.constexpr,
-    ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, WHOLE_BLOCKS: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, NUM_STAGES: tl.constexpr,
+    ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     RADIUS: tl.constexpr = KERNEL // 2
     pid = tl.num_programs(0) - 1 - tl.program_id(0)  # dout read last by dgate is still in L2
     image = (pid // n_tiles).to(tl.int64)
     channels, pixels = map_sizes(outer, inner, ALIGN, CHANNELS_LAST)
     framed = (height + 2 * RADIUS) * (width + 2 * RADIUS)
-    offs_p = pid % n_tiles * BLOCK_P + tl.arange(0, BLOCK_P)
+    tile = pid % n_tiles
+    offs_p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
     mask_p = offs_p < pixels
     davg, dmax = dmaps_at(
         dz_ptr + image * framed, weight_ptr,
         offs_p, mask_p, width, stride_wm, stride_wh, stride_ww,
         KERNEL, LANES // 2, AVG_FIRST, BLOCK_P,
     )  # fmt: skip
-    dx_tile(
-        x_ptr + image * stride_xb * ALIGN, dout_ptr + image * stride_dob * ALIGN,
-        maps_ptr + image * framed * 2, gate_ptr + image * pixels, index_ptr + image * pixels,
-        dx_ptr + image * channels * pixels,
-        davg, dmax, offs_p, mask_p, channels, width, stride_xo, stride_doo, inner,
-        RADIUS, OUTPUT, EVEN_TIES, ALIGN, CHANNELS_LAST, WHOLE_BLOCKS, BLOCK_P, BLOCK_C, NUM_STAGES,
-    )  # fmt: skip
+    if is_whole(tile, pixels, channels, BLOCK_P, BLOCK_C * STEPS):
+        dx_tile(
+            x_ptr + image * stride_xb * ALIGN, dout_ptr + image * stride_dob * ALIGN,
+            maps_ptr + image * framed * 2, gate_ptr + image * pixels, index_ptr + image * pixels,
+            dx_ptr + image * channels * pixels,
+            davg, dmax, offs_p, mask_p, channels, width, stride_xo, stride_doo, inner,
+            RADIUS, OUTPUT, EVEN_TIES, True, ALIGN, CHANNELS_LAST, BLOCK_P, BLOCK_C * STEPS,
+        )  # fmt: skip
+    else:
+        dx_tile(
+            x_ptr + image * stride_xb * ALIGN, dout_ptr + image * stride_dob * ALIGN,
+            maps_ptr + image * framed * 2, gate_ptr + image * pixels, index_ptr + image * pixels,
+            dx_ptr + image * channels * pixels,
+            davg, dmax, offs_p, mask_p, channels, width, stride_xo, stride_doo, inner,
+            RADIUS, OUTPUT, EVEN_TIES, False, ALIGN, CHANNELS_LAST, BLOCK_P, BLOCK_C * STEPS,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -466,8 +634,8 @@ def _spatial_gate_bwd_lagged_kernel(
     outer, inner, height, width, n_tiles, n_tickets, lag,
     stride_xb, stride_xo, stride_dob, stride_doo, stride_wm, stride_wh, stride_ww,
     KERNEL: tl.constexpr, LANES: tl.constexpr, AVG_FIRST: tl.constexpr, OUTPUT: tl.constexpr,
-    ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, WHOLE_BLOCKS: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, NUM_STAGES: tl.constexpr, FRAME_BLOCK: tl.constexpr,
+    ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, STEPS: tl.constexpr, FRAME_BLOCK: tl.constexpr,
 ):  # fmt: skip
     # tickets as in the forward: dgate of tile t, then dx of tile t - lag, whose dout is still in L2
     RADIUS: tl.constexpr = KERNEL // 2
@@ -480,13 +648,12 @@ def _spatial_gate_bwd_lagged_kernel(
         if tile < 0:
             zero_frame(dz_ptr + image * framed, height, width, RADIUS, 1, FRAME_BLOCK)
         else:
-            offs_p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
             dgate_tile(
                 x_ptr + image * stride_xb * ALIGN, dout_ptr + image * stride_dob * ALIGN,
                 maps_ptr + image * framed * 2, gate_ptr + image * pixels,
                 dz_ptr + image * framed, index_ptr + image * pixels,
-                offs_p, offs_p < pixels, channels, width, stride_xo, stride_doo,
-                RADIUS, OUTPUT, False, ALIGN, CHANNELS_LAST, WHOLE_BLOCKS, BLOCK_P, BLOCK_C, NUM_STAGES,
+                tile, pixels, channels, width, stride_xo, stride_doo,
+                RADIUS, OUTPUT, False, ALIGN, CHANNELS_LAST, BLOCK_P, BLOCK_C, STEPS,
             )  # fmt: skip
         tl.debug_barrier()
         tl.atomic_add(counters_ptr + 1 + image, 1, sem="release")
@@ -504,12 +671,20 @@ def _spatial_gate_bwd_lagged_kernel(
                 offs_p, mask_p, width, stride_wm, stride_wh, stride_ww,
                 KERNEL, LANES // 2, AVG_FIRST, BLOCK_P,
             )  # fmt: skip
-            dx_tile(
-                x_ptr, dout_ptr + image * stride_dob * ALIGN,
-                maps_ptr, gate_ptr + image * pixels, index_ptr + image * pixels, dx_ptr + image * channels * pixels,
-                davg, dmax, offs_p, mask_p, channels, width, stride_xo, stride_doo, inner,
-                RADIUS, OUTPUT, False, ALIGN, CHANNELS_LAST, WHOLE_BLOCKS, BLOCK_P, BLOCK_C, NUM_STAGES,
-            )  # fmt: skip
+            if is_whole(tile, pixels, channels, BLOCK_P, BLOCK_C * STEPS):
+                dx_tile(
+                    x_ptr, dout_ptr + image * stride_dob * ALIGN,
+                    maps_ptr, gate_ptr + image * pixels, index_ptr + image * pixels, dx_ptr + image * channels * pixels,
+                    davg, dmax, offs_p, mask_p, channels, width, stride_xo, stride_doo, inner,
+                    RADIUS, OUTPUT, False, True, ALIGN, CHANNELS_LAST, BLOCK_P, BLOCK_C * STEPS,
+                )  # fmt: skip
+            else:
+                dx_tile(
+                    x_ptr, dout_ptr + image * stride_dob * ALIGN,
+                    maps_ptr, gate_ptr + image * pixels, index_ptr + image * pixels, dx_ptr + image * channels * pixels,
+                    davg, dmax, offs_p, mask_p, channels, width, stride_xo, stride_doo, inner,
+                    RADIUS, OUTPUT, False, False, ALIGN, CHANNELS_LAST, BLOCK_P, BLOCK_C * STEPS,
+                )  # fmt: skip
 
 
 @triton.jit
@@ -586,10 +761,9 @@ def _plan(
     options = {
         "ALIGN": align,
         "CHANNELS_LAST": channels_last,
-        "WHOLE_BLOCKS": channels % config.block_c == 0,
         "BLOCK_P": config.block_p,
         "BLOCK_C": config.block_c,
-        "NUM_STAGES": config.num_stages,
+        "STEPS": min(4, triton.next_power_of_2(config.num_stages)),
         "num_warps": config.num_warps,
     }
     return config, sizes, [stride // align for stride in strides], options

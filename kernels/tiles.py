@@ -49,13 +49,53 @@ def tile_offsets(offs_c, offs_p, stride_outer, ALIGN: tl.constexpr, CHANNELS_LAS
 
 
 @triton.jit
-def tile_mask(offs_c, mask_p, channels, CHANNELS_LAST: tl.constexpr, WHOLE_BLOCKS: tl.constexpr):
-    """Which elements of a tile exist; WHOLE_BLOCKS says that the channels fill every block."""
-    if WHOLE_BLOCKS:
-        mask_c = offs_c >= 0
+def tile_mask(offs_c, mask_p, channels, CHANNELS_LAST: tl.constexpr):
+    """Which elements of a tile exist."""
+    return over_channels(mask_p, CHANNELS_LAST) & over_pixels(offs_c < channels, CHANNELS_LAST)
+
+
+@triton.jit
+def is_whole(tile, pixels, channels, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Whether all of a program's pixels exist and the channels fill every block: then it needs no masks."""
+    return ((tile + 1) * BLOCK_P <= pixels) & (channels % BLOCK_C == 0)
+
+
+@triton.jit
+def tile_stride(stride_outer, ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Elements from a tile to that of the next BLOCK_C channels."""
+    if CHANNELS_LAST:
+        return tl.full([], BLOCK_C, tl.int64)
     else:
-        mask_c = offs_c < channels
-    return over_channels(mask_p, CHANNELS_LAST) & over_pixels(mask_c, CHANNELS_LAST)
+        return tl.full([], BLOCK_C, tl.int64) * stride_outer * ALIGN
+
+
+@triton.jit
+def load_tile(ptrs, offs_c, mask_p, channels, other, WHOLE: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """A tile. Of a WHOLE one without a mask: with it, a thread's loads wait for each other's registers."""
+    if WHOLE:
+        return tl.load(ptrs)
+    else:
+        return tl.load(ptrs, mask=tile_mask(offs_c, mask_p, channels, CHANNELS_LAST), other=other)
+
+
+@triton.jit
+def load_tile_once(ptrs, offs_c, mask_p, channels, other, WHOLE: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """A tile that is not read again, so that others stay in L2."""
+    if WHOLE:
+        return tl.load(ptrs, eviction_policy="evict_first")
+    else:
+        mask = tile_mask(offs_c, mask_p, channels, CHANNELS_LAST)
+        return tl.load(ptrs, mask=mask, other=other, eviction_policy="evict_first")
+
+
+@triton.jit
+def store_tile(ptrs, values, offs_c, mask_p, channels, WHOLE: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """Store a tile in its pointers' dtype."""
+    values = values.to(ptrs.dtype.element_ty)
+    if WHOLE:
+        tl.store(ptrs, values)
+    else:
+        tl.store(ptrs, values, mask=tile_mask(offs_c, mask_p, channels, CHANNELS_LAST))
 
 
 @triton.jit

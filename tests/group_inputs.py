@@ -153,5 +153,5 @@ def run(backend: str, layout: str, inputs: Inputs, **options: Any) -> list[torch
 @contextlib.contextmanager
 def runs_of_groups(programs: int = 1) -> Iterator[None]:
     """Programs of the kernels visit as many groups as they may."""
-    with mock.patch.multiple(KERNELS, GROUP_PROGRAMS=programs, DBIAS_GROUP_PROGRAMS=programs):
+    with mock.patch.multiple(f"{KERNELS}.common", GROUP_PROGRAMS=programs, DBIAS_GROUP_PROGRAMS=programs):
         yield

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import importlib
 import itertools
 import math
 import mmap
@@ -89,7 +90,13 @@ def test_matches_reference(backend, device, case):
     "case", pairwise(dims=((128, None), (160, None), (256, None), (16, 256), (160, 40), (256, 129)), dtype=DTYPES)
 )
 def test_wide_heads(backend, device, case):
-    check(backend, draw((5, 7), *case["dims"], case["dtype"], device, batch=1, heads=1), returns="both")
+    inputs = draw((5, 7), *case["dims"], case["dtype"], device, batch=1, heads=1)
+    too_wide = device == "cuda" and case["dtype"] == torch.float64 and max(filter(None, case["dims"])) > 128
+    if backend == "triton" and too_wide:
+        with pytest.raises(dispatch.Unsupported, match="head dimension up to 128 in float64"):
+            fused(backend)(**inputs)
+        return
+    check(backend, inputs, returns="both")
 
 
 @pytest.mark.parametrize(
@@ -388,6 +395,26 @@ def test_chunks_and_slabs_of_the_bias_table(kernels, device, programs, scratch_r
     inputs = draw((15, 15), 16, None, torch.float64, device, batch=batch, heads=heads, grid=grid)
     options = {"dropout_p": 0.2, "seed": SEED, "is_causal": True} if scratch_rows == 3 else {}
     check("triton", inputs, grid=grid, **options)
+
+
+@pytest.mark.parametrize("dense_bytes", [0, 10**6])
+@pytest.mark.parametrize("bias", [None, (2, 1, 15, 15)], ids=str)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+def test_dense_and_gathered_bias_tables(kernels, device, dense_bytes, bias, dropout_p, monkeypatch):
+    monkeypatch.setattr(f"{KERNELS}.common.DENSE_TABLE_BYTES", dense_bytes)
+    inputs = draw((15, 15), 16, None, torch.float64, device, heads=2, grid=(5, 3), bias=bias)
+    check("triton", inputs, grid=(5, 3), dropout_p=dropout_p, seed=SEED if dropout_p else None)
+
+
+@pytest.mark.parametrize("bias", [None, (1, 2, 5, 7)], ids=str)
+@pytest.mark.parametrize("scale", [0.3, -0.3, 0.0])
+def test_float64_takes_no_rounded_argument(bias, scale):
+    """A kernel's float arguments have 32 bits."""
+    common = importlib.import_module(f"{KERNELS}.common")
+    inputs = draw((5, 7), 8, dtype=torch.float64, bias=bias)
+    q, k, v, extra = (inputs.get(name) for name in ("q", "k", "v", "bias"))
+    call = common.Call(q, k, v, extra, None, None, None, 0, scale, False, 0.1, None)
+    assert (call.logit_scale, call.dq_scale, call.dk_scale) == (1.0, 1.0, 1.0)
 
 
 @pytest.mark.parametrize("programs", [1, 2, 5, 10**6])
@@ -1389,11 +1416,12 @@ def test_compile_dynamic_shapes(backend, device, extra, fresh_dynamo):
 class Network(torch.nn.Module):
     def __init__(self, tensors: Inputs, **options: Any) -> None:
         super().__init__()
-        self.tensors = torch.nn.ParameterDict(tensors)
+        self.tensors, self.names = torch.nn.ParameterDict(tensors), tuple(tensors)
         self.options = options
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
-        return attnk.softmax_attention(q, k, v, **self.tensors, **self.options)
+        tensors = {name: self.tensors[name] for name in self.names}  # torch 2.11 fails to trace **self.tensors
+        return attnk.softmax_attention(q, k, v, **tensors, **self.options)
 
 
 @pytest.mark.parametrize("strict", [True, False])
@@ -1825,6 +1853,7 @@ def test_bytes_of_the_bias_table(kernels, programs, scratch_rows, monkeypatch):
     n_tokens = height * width
     monkeypatch.setattr(f"{KERNELS}.backward.DBIAS_SCRATCH_BYTES", scratch_rows * heads * width * n_tokens * 4)
     monkeypatch.setattr(f"{KERNELS}.backward.DBIAS_PROGRAMS", programs)
+    monkeypatch.setattr(f"{KERNELS}.common.DENSE_TABLE_BYTES", 0)
     inputs = draw((n_tokens, n_tokens), batch=batch, heads=heads, grid=(height, width))
     table = inputs["bias_table"].requires_grad_()
     with cut("triton", 16, 16), Meter() as meter:
@@ -1844,6 +1873,28 @@ def test_bytes_of_the_bias_table(kernels, programs, scratch_rows, monkeypatch):
     assert max(one.stored for one in rest[::2]) <= slabs * min(scratch_rows, height) * heads * width * n_tokens * 4
     assert sum(one.loaded for one in rest[1::2]) == dlogits + (chunks - 1) * table.nbytes
     assert all(one.stored == one.store_lanes == table.nbytes for one in rest[1::2])
+
+
+@needs_interpreter
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_bytes_of_a_dense_bias_table(kernels, dtype, monkeypatch):
+    """It is written once a pass, and then read as a bias is, up to the size that the tuning tables name."""
+    height, width, batch, heads = 5, 3, 3, 2
+    n_tokens = height * width
+    inputs = draw((n_tokens, n_tokens), dtype=dtype, batch=batch, heads=heads, grid=(height, width))
+    table = inputs["bias_table"].requires_grad_()
+    size = heads * n_tokens**2 * dtype.itemsize
+    for limit in (size, size - 1):
+        monkeypatch.setattr(f"{KERNELS}.common.DENSE_TABLE_BYTES", limit)
+        with cut("triton", 16, 16), Meter() as meter:
+            out = attnk.softmax_attention(**inputs, grid=(height, width), backend="triton")
+            out.sum().backward()
+        dense = [one for one in meter.launches if "dense_table" in one.kernel]
+        assert len(dense) == 2 * (limit == size)
+        for one in dense:
+            assert (one.loaded, one.stored) == (table.nbytes, size)
+        forward = next(one for one in meter.launches if "fwd" in one.kernel)
+        assert forward.loaded == 3 * out.nbytes + (size if dense else table.nbytes)
 
 
 @needs_interpreter

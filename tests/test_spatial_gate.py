@@ -165,8 +165,10 @@ def test_odd_shapes(backend, device, case):
 @pytest.mark.parametrize(
     "case",
     pairwise(
-        channels=(3, 4, 5, 8),  # block_c = 4
+        channels=(3, 4, 5, 8, 16, 17, 32),  # block_c = 4
         plane=((7, 1), (2, 4), (3, 3), (1, 8), (4, 4), (1, 17)),  # block_p = 8
+        num_stages=(1, 2, 3, 4, 5),
+        rounded=(True, False),
         output=OUTPUTS,
         ties=TIES,
         layout=("contiguous", "channels_last"),
@@ -174,8 +176,9 @@ def test_odd_shapes(backend, device, case):
     ),
 )
 def test_sizes_around_the_blocks(kernels, device, case):
-    inputs = draw((2, case["channels"], *case["plane"]), dtype=torch.float64, device=device, layout=case["layout"])
-    with configured(kernels, block_p=8, block_c=4, lag=case["lag"]):
+    shape = (2, case["channels"], *case["plane"])
+    inputs = draw(shape, dtype=torch.float64, device=device, layout=case["layout"], ties=case["rounded"])
+    with configured(kernels, block_p=8, block_c=4, num_stages=case["num_stages"], lag=case["lag"]):
         check("triton", inputs, output=case["output"], ties=case["ties"])
 
 
@@ -977,6 +980,7 @@ def bytes_of_launches(
         kernel_size=(3, 7),
         memory_format=list(MEMORY_FORMATS.values()),
         shape=((2, 5, 6, 7), (1, 8, 16, 2), (3, 1, 5, 1)),
+        num_stages=(1, 2, 4),
     ),
 )
 def test_bytes_are_the_formula(kernels, case):
@@ -985,7 +989,7 @@ def test_bytes_are_the_formula(kernels, case):
     output, ties, keep = case["output"], case["ties"], case["keep"]
     for tensor in inputs.values():
         tensor.requires_grad_(keep)
-    with configured(kernels, block_p=8, block_c=4), Meter() as meter:
+    with configured(kernels, block_p=8, block_c=4, num_stages=case["num_stages"]), Meter() as meter:
         out = attnk.spatial_gate(**inputs, output=output, ties=ties, backend="triton")
         if keep:
             torch.autograd.grad(out, list(inputs.values()), torch.ones_like(out))

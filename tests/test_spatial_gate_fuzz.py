@@ -41,6 +41,7 @@ CASES = st.fixed_dictionaries(
             {
                 "block_p": st.sampled_from((1, 2, 8, 32)),
                 "block_c": st.sampled_from((1, 4, 8)),
+                "num_stages": st.sampled_from((1, 2, 4)),
                 "lag": st.sampled_from((0, 0, 2, 20)),
             }
         ),
@@ -70,7 +71,7 @@ def try_case(case: dict[str, Any], backend: str, device: str) -> None:
         if backend == "triton":
             from attnk.kernels import spatial_gate as kernels
 
-            config = kernels.SpatialGateConfig(**case["blocks"], num_warps=4, num_stages=1)
+            config = kernels.SpatialGateConfig(**case["blocks"], num_warps=4)
             stack.enter_context(mock.patch.object(kernels, "spatial_gate_config", return_value=config))
             if dispatch.INTERPRETED:
                 stack.enter_context(Meter())

@@ -15,12 +15,20 @@ from .common import (
     add_extras,
     addressed,
     dot_rows,
-    load_extras,
+    key_offset,
+    load_at,
+    load_bias,
+    load_pairs,
     load_row_stats,
+    load_rows,
     load_tile,
+    pair_offsets,
     probabilities,
+    query_offset,
     store_tile,
     table_position,
+    tile_offsets,
+    token_offset,
 )
 
 
@@ -43,12 +51,17 @@ def _softmax_attention_bwd_dq_kernel(
     THRESHOLD: tl.constexpr, KEEP_SCALE: tl.constexpr,
     QK_MAIN: tl.constexpr, QK_TAIL: tl.constexpr, CHECK_QK: tl.constexpr,
     V_MAIN: tl.constexpr, V_TAIL: tl.constexpr, CHECK_V: tl.constexpr,
-    UNIT: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    UNIT: tl.constexpr, ALIGN: tl.constexpr, OFFSETS: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    BIAS_ALIGN: tl.constexpr, MASK_ALIGN: tl.constexpr, KEYS_ALIGN: tl.constexpr, EXTRA_OFFSETS: tl.constexpr,
     HAS_DLSE: tl.constexpr, NEEDS_DQ: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    """One program owns BLOCK_M queries of one head: their delta, which the other kernels read, and their dq."""
-    LOG2_UNITS: tl.constexpr = not (HAS_BIAS or HAS_TABLE)
+    """One program owns BLOCK_M queries of one head: their delta, which the other kernels read, and their dq.
+
+    The keys beyond the last whole block make a block of REST.
+    """
+    TWO_STATS: tl.constexpr = HAS_BIAS or HAS_TABLE
+    LOG2_UNITS: tl.constexpr = not (HAS_BIAS or HAS_TABLE or tl.float64 == ACC)
     CHECK_QK_MAIN: tl.constexpr = CHECK_QK and QK_TAIL == 0
     CHECK_V_MAIN: tl.constexpr = CHECK_V and V_TAIL == 0
     n_blocks = tl.cdiv(n_queries, BLOCK_M)
@@ -84,8 +97,11 @@ def _softmax_attention_bwd_dq_kernel(
         q_ptr += (b * stride_qb + h * stride_qh) * ALIGN
         k_ptr += (b * stride_kb + h // group * stride_kh) * ALIGN
         v_ptr += (b * stride_vb + h // group * stride_vh) * ALIGN
-        bias_ptr += b * stride_bias_b + h * stride_bias_h
-        mask_ptr += b * stride_mask_b + h * stride_mask_h
+        start_m = block * BLOCK_M
+        bias_ptr += (b * stride_bias_b + h * stride_bias_h) * BIAS_ALIGN
+        bias_ptr += query_offset(start_m, stride_bias_m, BIAS_ALIGN)
+        mask_ptr += (b * stride_mask_b + h * stride_mask_h) * MASK_ALIGN
+        mask_ptr += query_offset(start_m, stride_mask_m, MASK_ALIGN)
         table_ptr += h * stride_table_h + table_centre
         position_m = table_position(offs_m, n_queries, width, HAS_TABLE)
         offs_d = tl.arange(0, QK_MAIN)
@@ -99,7 +115,8 @@ def _softmax_attention_bwd_dq_kernel(
                 q_ptr, offs_m, offs_dt, stride_qn, stride_qd, n_queries, qk_dim, True, CHECK_QK, UNIT, ALIGN
             )
             dq_tail = tl.zeros([BLOCK_M, QK_TAIL], ACC)
-        row_max, log_sum = load_row_stats(row_max_ptr, log_sum_ptr, offs_r, mask_m, LOG2_UNITS)
+        row_max, log_sum = load_row_stats(row_max_ptr, log_sum_ptr, offs_r, mask_m, True, TWO_STATS)
+        queries = tl.minimum(tl.arange(0, BLOCK_M), n_queries - 1 - start_m)
         end = n_keys
         n_whole = n_keys // BLOCK_N * BLOCK_N
         if CAUSAL:
@@ -108,35 +125,38 @@ def _softmax_attention_bwd_dq_kernel(
         for CHECK in tl.static_range(2):
             begin = n_whole if CHECK else 0
             stop = end if CHECK else n_whole
+            keys = tl.arange(0, REST if CHECK else BLOCK_N)
+            k_tile = tile_offsets(keys, offs_d, stride_kn, stride_kd, UNIT, ALIGN, OFFSETS)
+            v_tile = tile_offsets(keys, offs_v, stride_vn, stride_vd, UNIT, ALIGN, OFFSETS)
+            bias_tile = pair_offsets(queries, keys, 0, 1, stride_bias_m, stride_bias_n, BIAS_ALIGN, EXTRA_OFFSETS)
+            mask_tile = pair_offsets(queries, keys, 0, 1, stride_mask_m, stride_mask_n, MASK_ALIGN, EXTRA_OFFSETS)
             if begin < stop:  # a loop that may have no step has ptxas serialize the products on sm_90
                 for start in tl.range(begin, stop, BLOCK_N):
-                    offs_n = start + tl.arange(0, BLOCK_N)
-                    k = load_tile(
-                        k_ptr, offs_n, offs_d, stride_kn, stride_kd, n_keys, qk_dim, CHECK, CHECK_QK_MAIN, UNIT, ALIGN
-                    )
-                    v = load_tile(
-                        v_ptr, offs_n, offs_v, stride_vn, stride_vd, n_keys, v_dim, CHECK, CHECK_V_MAIN, UNIT, ALIGN
-                    )
+                    offs_n = start + keys
+                    k_base = k_ptr + token_offset(start, stride_kn, UNIT, ALIGN)
+                    v_base = v_ptr + token_offset(start, stride_vn, UNIT, ALIGN)
+                    k = load_at(k_base, k_tile, offs_n, offs_d, n_keys, qk_dim, CHECK, CHECK_QK_MAIN)
+                    v = load_at(v_base, v_tile, offs_n, offs_v, n_keys, v_dim, CHECK, CHECK_V_MAIN)
                     k_tail = k
                     v_tail = v
                     if QK_TAIL > 0:
-                        k_tail = load_tile(
-                            k_ptr, offs_n, offs_dt, stride_kn, stride_kd, n_keys, qk_dim, CHECK, CHECK_QK, UNIT, ALIGN
-                        )
+                        kt_tile = tile_offsets(keys, offs_dt, stride_kn, stride_kd, UNIT, ALIGN, OFFSETS)
+                        k_tail = load_at(k_base, kt_tile, offs_n, offs_dt, n_keys, qk_dim, CHECK, CHECK_QK)
                     if V_TAIL > 0:
-                        v_tail = load_tile(
-                            v_ptr, offs_n, offs_vt, stride_vn, stride_vd, n_keys, v_dim, CHECK, CHECK_V, UNIT, ALIGN
-                        )
+                        vt_tile = tile_offsets(keys, offs_vt, stride_vn, stride_vd, UNIT, ALIGN, OFFSETS)
+                        v_tail = load_at(v_base, vt_tile, offs_n, offs_vt, n_keys, v_dim, CHECK, CHECK_V)
                     position_n = table_position(offs_n, n_keys, width, HAS_TABLE)
-                    bias, allowed = load_extras(
-                        offs_m, offs_n, position_m, position_n, 0, 1, bias_ptr, mask_ptr, table_ptr,
-                        n_queries, n_keys,
-                        stride_bias_m, stride_bias_n, stride_mask_m, stride_mask_n,
-                        True, CHECK, HAS_BIAS, HAS_TABLE, HAS_MASK, ACC,
+                    bias = load_bias(
+                        bias_ptr + key_offset(start, stride_bias_n), bias_tile, table_ptr, position_m, position_n,
+                        offs_n, n_keys, 0, 1, CHECK, KEYS_ALIGN, HAS_BIAS, HAS_TABLE, ACC,
                     )  # fmt: skip
+                    allowed = 0
+                    if HAS_MASK:
+                        mask_base = mask_ptr + key_offset(start, stride_mask_n)
+                        allowed = load_pairs(mask_base, mask_tile, offs_n, 0, n_keys, CHECK, KEYS_ALIGN)
                     logits = dot_rows(q, q_tail, k, k_tail, QK_TAIL > 0, PRECISION, ACC) * scale  # [BLOCK_M, BLOCK_N]
                     logits = add_extras(logits, bias, allowed, HAS_BIAS, HAS_TABLE, HAS_MASK)
-                    weights = probabilities(logits, row_max[:, None], log_sum[:, None], LOG2_UNITS)
+                    weights = probabilities(logits, row_max[:, None], log_sum[:, None], TWO_STATS, LOG2_UNITS)
                     if CHECK:
                         seen = offs_n[None, :] < n_keys
                         if CAUSAL:
@@ -144,7 +164,7 @@ def _softmax_attention_bwd_dq_kernel(
                         weights = tl.where(seen, weights, 0.0)
                     dweights = dot_rows(dout, dout_tail, v, v_tail, V_TAIL > 0, PRECISION, ACC)
                     if THRESHOLD > 0:
-                        keep = kept_weights(rng_ptr, head, block * BLOCK_M, start, THRESHOLD, BLOCK_M, BLOCK_N)
+                        keep = kept_weights(rng_ptr, head, block * BLOCK_M, start, THRESHOLD, BLOCK_M, keys.shape[0])
                         dweights = tl.where(keep, dweights, 0.0) * KEEP_SCALE
                     dlogits = (weights * (dweights - delta[:, None])).to(k.dtype)
                     dq = tl.dot(dlogits, k, dq, input_precision=PRECISION, out_dtype=ACC)
@@ -177,14 +197,17 @@ def _softmax_attention_bwd_dkv_kernel(
     THRESHOLD: tl.constexpr, KEEP_SCALE: tl.constexpr,
     QK_MAIN: tl.constexpr, QK_TAIL: tl.constexpr, CHECK_QK: tl.constexpr,
     V_MAIN: tl.constexpr, V_TAIL: tl.constexpr, CHECK_V: tl.constexpr,
-    UNIT: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    UNIT: tl.constexpr, ALIGN: tl.constexpr, OFFSETS: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    BIAS_ALIGN: tl.constexpr, MASK_ALIGN: tl.constexpr, KEYS_ALIGN: tl.constexpr, EXTRA_OFFSETS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     """One program owns BLOCK_N keys of one key head and visits all queries of its group of heads.
 
+    The queries beyond the last whole block make a block of REST.
     Tiles of logits lie [keys, queries] here, so that they are left operands of both sums as they stand.
     """
-    LOG2_UNITS: tl.constexpr = not (HAS_BIAS or HAS_TABLE)
+    TWO_STATS: tl.constexpr = HAS_BIAS or HAS_TABLE
+    LOG2_UNITS: tl.constexpr = not (HAS_BIAS or HAS_TABLE or tl.float64 == ACC)
     CHECK_QK_MAIN: tl.constexpr = CHECK_QK and QK_TAIL == 0
     CHECK_V_MAIN: tl.constexpr = CHECK_V and V_TAIL == 0
     n_blocks = tl.cdiv(n_keys, BLOCK_N)
@@ -228,90 +251,67 @@ def _softmax_attention_bwd_dkv_kernel(
         n_diagonal = tl.maximum(begin - first, 0) // BLOCK_M
     n_whole = (m_whole - begin) // BLOCK_M
     n_checked = n_diagonal + (n_queries > m_whole)
+    keys = tl.arange(0, BLOCK_N)
     for member in tl.range(group):
         h = h_k * group + member
         head = (b * heads + h).to(tl.int32)
-        q_base = q_ptr + (b * stride_qb + h * stride_qh) * ALIGN
-        dout_base = dout_ptr + (b * stride_gb + h * stride_gh) * ALIGN
-        bias_base = bias_ptr + b * stride_bias_b + h * stride_bias_h
-        mask_base = mask_ptr + b * stride_mask_b + h * stride_mask_h
-        table_base = table_ptr + h * stride_table_h + table_centre
+        q_head = q_ptr + (b * stride_qb + h * stride_qh) * ALIGN
+        dout_head = dout_ptr + (b * stride_gb + h * stride_gh) * ALIGN
+        bias_head = bias_ptr + (b * stride_bias_b + h * stride_bias_h) * BIAS_ALIGN + key_offset(start_n, stride_bias_n)
+        mask_head = mask_ptr + (b * stride_mask_b + h * stride_mask_h) * MASK_ALIGN + key_offset(start_n, stride_mask_n)
+        table_head = table_ptr + h * stride_table_h + table_centre
         rows = (b * heads + h) * n_queries
         for CHECK in tl.static_range(2):
+            queries = tl.arange(0, REST if CHECK else BLOCK_M)
+            q_tile = tile_offsets(queries, offs_d, stride_qn, stride_qd, UNIT, ALIGN, OFFSETS)
+            dout_tile = tile_offsets(queries, offs_v, stride_gn, stride_gd, UNIT, ALIGN, OFFSETS)
+            bias_tile = pair_offsets(queries, keys, 1, 0, stride_bias_m, stride_bias_n, BIAS_ALIGN, EXTRA_OFFSETS)
+            mask_tile = pair_offsets(queries, keys, 1, 0, stride_mask_m, stride_mask_n, MASK_ALIGN, EXTRA_OFFSETS)
             for step in tl.range(n_checked if CHECK else n_whole):
                 start = begin + step * BLOCK_M
                 if CHECK:
                     start = tl.where(step < n_diagonal, first + step * BLOCK_M, tl.maximum(m_whole, first))
-                offs_m = start + tl.arange(0, BLOCK_M)
-                q = load_tile(
-                    q_base,
-                    offs_m,
-                    offs_d,
-                    stride_qn,
-                    stride_qd,
-                    n_queries,
-                    qk_dim,
-                    CHECK,
-                    CHECK_QK_MAIN,
-                    UNIT,
-                    ALIGN,
-                )
-                dout = load_tile(
-                    dout_base,
-                    offs_m,
-                    offs_v,
-                    stride_gn,
-                    stride_gd,
-                    n_queries,
-                    v_dim,
-                    CHECK,
-                    CHECK_V_MAIN,
-                    UNIT,
-                    ALIGN,
-                )
+                offs_m = start + queries
+                q_base = q_head + token_offset(start, stride_qn, UNIT, ALIGN)
+                dout_base = dout_head + token_offset(start, stride_gn, UNIT, ALIGN)
+                q = load_at(q_base, q_tile, offs_m, offs_d, n_queries, qk_dim, CHECK, CHECK_QK_MAIN)
+                dout = load_at(dout_base, dout_tile, offs_m, offs_v, n_queries, v_dim, CHECK, CHECK_V_MAIN)
                 q_tail = q
                 dout_tail = dout
                 if QK_TAIL > 0:
-                    q_tail = load_tile(
-                        q_base,
-                        offs_m,
-                        offs_dt,
-                        stride_qn,
-                        stride_qd,
-                        n_queries,
-                        qk_dim,
-                        CHECK,
-                        CHECK_QK,
-                        UNIT,
-                        ALIGN,
-                    )
+                    qt_tile = tile_offsets(queries, offs_dt, stride_qn, stride_qd, UNIT, ALIGN, OFFSETS)
+                    q_tail = load_at(q_base, qt_tile, offs_m, offs_dt, n_queries, qk_dim, CHECK, CHECK_QK)
                 if V_TAIL > 0:
-                    dout_tail = load_tile(
-                        dout_base,
-                        offs_m,
-                        offs_vt,
-                        stride_gn,
-                        stride_gd,
-                        n_queries,
-                        v_dim,
-                        CHECK,
-                        CHECK_V,
-                        UNIT,
-                        ALIGN,
-                    )
+                    doutt_tile = tile_offsets(queries, offs_vt, stride_gn, stride_gd, UNIT, ALIGN, OFFSETS)
+                    dout_tail = load_at(dout_base, doutt_tile, offs_m, offs_vt, n_queries, v_dim, CHECK, CHECK_V)
                 position_m = table_position(offs_m, n_queries, width, HAS_TABLE)
-                bias, allowed = load_extras(
-                    offs_m, offs_n, position_m, position_n, 1, 0, bias_base, mask_base, table_base,
-                    n_queries, n_keys,
-                    stride_bias_m, stride_bias_n, stride_mask_m, stride_mask_n,
-                    CHECK, True, HAS_BIAS, HAS_TABLE, HAS_MASK, ACC,
+                bias_rows = bias_tile
+                mask_rows = mask_tile
+                if CHECK:
+                    some = tl.minimum(queries, n_queries - 1 - start)
+                    bias_rows = pair_offsets(
+                        some, keys, 1, 0, stride_bias_m, stride_bias_n, BIAS_ALIGN, EXTRA_OFFSETS
+                    )  # fmt: skip
+                    mask_rows = pair_offsets(
+                        some, keys, 1, 0, stride_mask_m, stride_mask_n, MASK_ALIGN, EXTRA_OFFSETS
+                    )  # fmt: skip
+                bias = load_bias(
+                    bias_head + query_offset(start, stride_bias_m, BIAS_ALIGN), bias_rows,
+                    table_head, position_m, position_n,
+                    offs_n, n_keys, 1, 0, True, KEYS_ALIGN, HAS_BIAS, HAS_TABLE, ACC,
                 )  # fmt: skip
+                allowed = 0
+                if HAS_MASK:
+                    mask_base = mask_head + query_offset(start, stride_mask_m, MASK_ALIGN)
+                    allowed = load_pairs(mask_base, mask_rows, offs_n, 1, n_keys, True, KEYS_ALIGN)
                 logits = dot_rows(k, k_tail, q, q_tail, QK_TAIL > 0, PRECISION, ACC) * scale  # [BLOCK_N, BLOCK_M]
                 logits = add_extras(logits, bias, allowed, HAS_BIAS, HAS_TABLE, HAS_MASK)
                 mask_m = offs_m < n_queries
-                row_max, log_sum = load_row_stats(row_max_ptr, log_sum_ptr, rows + offs_m, mask_m, LOG2_UNITS)
-                delta = tl.load(delta_ptr + rows + offs_m, mask=mask_m, other=0.0)
-                weights = probabilities(logits, row_max[None, :], log_sum[None, :], LOG2_UNITS)
+                row_max, log_sum = load_row_stats(
+                    row_max_ptr + rows, log_sum_ptr + rows, offs_m, mask_m, CHECK, TWO_STATS
+                )
+                delta = load_rows(delta_ptr + rows, offs_m, mask_m, CHECK)
+                weights = probabilities(logits, row_max[None, :], log_sum[None, :], TWO_STATS, LOG2_UNITS)
                 if CHECK:
                     seen = mask_m[None, :]
                     if CAUSAL:
@@ -320,7 +320,7 @@ def _softmax_attention_bwd_dkv_kernel(
                 dweights = dot_rows(v, v_tail, dout, dout_tail, V_TAIL > 0, PRECISION, ACC)
                 dropped = weights
                 if THRESHOLD > 0:
-                    keep = tl.trans(kept_weights(rng_ptr, head, start, start_n, THRESHOLD, BLOCK_M, BLOCK_N))
+                    keep = tl.trans(kept_weights(rng_ptr, head, start, start_n, THRESHOLD, queries.shape[0], BLOCK_N))
                     dropped = tl.where(keep, weights, 0.0)
                     dweights = tl.where(keep, dweights, 0.0) * KEEP_SCALE
                 dropped = dropped.to(dout.dtype)
@@ -363,7 +363,8 @@ def _softmax_attention_bwd_dbias_kernel(
     THRESHOLD: tl.constexpr, KEEP_SCALE: tl.constexpr,
     QK_MAIN: tl.constexpr, QK_TAIL: tl.constexpr, CHECK_QK: tl.constexpr,
     V_MAIN: tl.constexpr, V_TAIL: tl.constexpr, CHECK_V: tl.constexpr,
-    UNIT: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    UNIT: tl.constexpr, ALIGN: tl.constexpr, OFFSETS: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    BIAS_ALIGN: tl.constexpr, MASK_ALIGN: tl.constexpr, KEYS_ALIGN: tl.constexpr, EXTRA_OFFSETS: tl.constexpr,
     SUM_QUERIES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -372,7 +373,7 @@ def _softmax_attention_bwd_dbias_kernel(
     Partial sums lie [slab, bias's batch, bias's heads, queries from the first one on, keys]; with SUM_QUERIES there is
     one for each block of queries.
     """
-    LOG2_UNITS: tl.constexpr = False
+    HOIST: tl.constexpr = HAS_BIAS != HAS_TABLE  # all that share a tile have the same one
     CHECK_QK_MAIN: tl.constexpr = CHECK_QK and QK_TAIL == 0
     CHECK_V_MAIN: tl.constexpr = CHECK_V and V_TAIL == 0
     n_blocks = tl.cdiv(n_keys, BLOCK_N)
@@ -403,6 +404,31 @@ def _softmax_attention_bwd_dbias_kernel(
         offs_vt = V_MAIN + tl.arange(0, V_TAIL)
     position_m = table_position(offs_m, n_queries, width, HAS_TABLE)
     position_n = table_position(offs_n, n_keys, width, HAS_TABLE)
+    queries = tl.arange(0, BLOCK_M)
+    keys = tl.arange(0, BLOCK_N)
+    existing = tl.minimum(queries, n_queries - 1 - start_m)
+    bias_tile = pair_offsets(existing, keys, 0, 1, stride_bias_m, stride_bias_n, BIAS_ALIGN, EXTRA_OFFSETS)
+    mask_tile = pair_offsets(existing, keys, 0, 1, stride_mask_m, stride_mask_n, MASK_ALIGN, EXTRA_OFFSETS)
+    q_tile = tile_offsets(queries, offs_d, stride_qn, stride_qd, UNIT, ALIGN, OFFSETS)
+    k_tile = tile_offsets(keys, offs_d, stride_kn, stride_kd, UNIT, ALIGN, OFFSETS)
+    v_tile = tile_offsets(keys, offs_v, stride_vn, stride_vd, UNIT, ALIGN, OFFSETS)
+    dout_tile = tile_offsets(queries, offs_v, stride_gn, stride_gd, UNIT, ALIGN, OFFSETS)
+    q_ptr += token_offset(start_m, stride_qn, UNIT, ALIGN)
+    k_ptr += token_offset(start_n, stride_kn, UNIT, ALIGN)
+    v_ptr += token_offset(start_n, stride_vn, UNIT, ALIGN)
+    dout_ptr += token_offset(start_m, stride_gn, UNIT, ALIGN)
+    bias_ptr += query_offset(start_m, stride_bias_m, BIAS_ALIGN) + key_offset(start_n, stride_bias_n)
+    mask_ptr += query_offset(start_m, stride_mask_m, MASK_ALIGN) + key_offset(start_n, stride_mask_n)
+    table_ptr += table_centre
+    bias = 0.0
+    if HOIST:
+        b = bias_b.to(tl.int64)
+        h = bias_h.to(tl.int64)
+        bias = load_bias(
+            bias_ptr + (b * stride_bias_b + h * stride_bias_h) * BIAS_ALIGN, bias_tile,
+            table_ptr + h * stride_table_h, position_m, position_n,
+            offs_n, n_keys, 0, 1, True, KEYS_ALIGN, HAS_BIAS, HAS_TABLE, ACC,
+        )  # fmt: skip
     total = tl.zeros([BLOCK_M, BLOCK_N], ACC)
     for shared in tl.range(slab * slab_size, tl.minimum((slab + 1) * slab_size, n_shared)):
         b = (bias_b + shared // shared_heads).to(tl.int64)
@@ -412,46 +438,47 @@ def _softmax_attention_bwd_dbias_kernel(
         k_base = k_ptr + (b * stride_kb + h // group * stride_kh) * ALIGN
         v_base = v_ptr + (b * stride_vb + h // group * stride_vh) * ALIGN
         dout_base = dout_ptr + (b * stride_gb + h * stride_gh) * ALIGN
-        q = load_tile(q_base, offs_m, offs_d, stride_qn, stride_qd, n_queries, qk_dim, True, CHECK_QK_MAIN, UNIT, ALIGN)
-        k = load_tile(k_base, offs_n, offs_d, stride_kn, stride_kd, n_keys, qk_dim, True, CHECK_QK_MAIN, UNIT, ALIGN)
-        v = load_tile(v_base, offs_n, offs_v, stride_vn, stride_vd, n_keys, v_dim, True, CHECK_V_MAIN, UNIT, ALIGN)
-        dout = load_tile(
-            dout_base, offs_m, offs_v, stride_gn, stride_gd, n_queries, v_dim, True, CHECK_V_MAIN, UNIT, ALIGN
-        )
+        q = load_at(q_base, q_tile, offs_m, offs_d, n_queries, qk_dim, True, CHECK_QK_MAIN)
+        k = load_at(k_base, k_tile, offs_n, offs_d, n_keys, qk_dim, True, CHECK_QK_MAIN)
+        v = load_at(v_base, v_tile, offs_n, offs_v, n_keys, v_dim, True, CHECK_V_MAIN)
+        dout = load_at(dout_base, dout_tile, offs_m, offs_v, n_queries, v_dim, True, CHECK_V_MAIN)
         q_tail = q
         k_tail = k
         v_tail = v
         dout_tail = dout
         if QK_TAIL > 0:
-            q_tail = load_tile(
-                q_base, offs_m, offs_dt, stride_qn, stride_qd, n_queries, qk_dim, True, CHECK_QK, UNIT, ALIGN
-            )
-            k_tail = load_tile(
-                k_base, offs_n, offs_dt, stride_kn, stride_kd, n_keys, qk_dim, True, CHECK_QK, UNIT, ALIGN
-            )
+            qt_tile = tile_offsets(queries, offs_dt, stride_qn, stride_qd, UNIT, ALIGN, OFFSETS)
+            kt_tile = tile_offsets(keys, offs_dt, stride_kn, stride_kd, UNIT, ALIGN, OFFSETS)
+            q_tail = load_at(q_base, qt_tile, offs_m, offs_dt, n_queries, qk_dim, True, CHECK_QK)
+            k_tail = load_at(k_base, kt_tile, offs_n, offs_dt, n_keys, qk_dim, True, CHECK_QK)
         if V_TAIL > 0:
-            v_tail = load_tile(v_base, offs_n, offs_vt, stride_vn, stride_vd, n_keys, v_dim, True, CHECK_V, UNIT, ALIGN)
-            dout_tail = load_tile(
-                dout_base, offs_m, offs_vt, stride_gn, stride_gd, n_queries, v_dim, True, CHECK_V, UNIT, ALIGN
-            )
-        bias, allowed = load_extras(
-            offs_m, offs_n, position_m, position_n, 0, 1,
-            bias_ptr + b * stride_bias_b + h * stride_bias_h, mask_ptr + b * stride_mask_b + h * stride_mask_h,
-            table_ptr + h * stride_table_h + table_centre,
-            n_queries, n_keys,
-            stride_bias_m, stride_bias_n, stride_mask_m, stride_mask_n, True, True, HAS_BIAS, HAS_TABLE, HAS_MASK, ACC,
-        )  # fmt: skip
+            vt_tile = tile_offsets(keys, offs_vt, stride_vn, stride_vd, UNIT, ALIGN, OFFSETS)
+            doutt_tile = tile_offsets(queries, offs_vt, stride_gn, stride_gd, UNIT, ALIGN, OFFSETS)
+            v_tail = load_at(v_base, vt_tile, offs_n, offs_vt, n_keys, v_dim, True, CHECK_V)
+            dout_tail = load_at(dout_base, doutt_tile, offs_m, offs_vt, n_queries, v_dim, True, CHECK_V)
+        added = bias
+        if not HOIST:
+            added = load_bias(
+                bias_ptr + (b * stride_bias_b + h * stride_bias_h) * BIAS_ALIGN, bias_tile,
+                table_ptr + h * stride_table_h, position_m, position_n,
+                offs_n, n_keys, 0, 1, True, KEYS_ALIGN, HAS_BIAS, HAS_TABLE, ACC,
+            )  # fmt: skip
+        allowed = 0
+        if HAS_MASK:
+            mask_base = mask_ptr + (b * stride_mask_b + h * stride_mask_h) * MASK_ALIGN
+            allowed = load_pairs(mask_base, mask_tile, offs_n, 0, n_keys, True, KEYS_ALIGN)
+        rows = (b * heads + h) * n_queries
+        row_max, log_sum = load_row_stats(row_max_ptr + rows, log_sum_ptr + rows, offs_m, mask_m, True, True)
+        delta = load_rows(delta_ptr + rows, offs_m, mask_m, True)
         logits = dot_rows(q, q_tail, k, k_tail, QK_TAIL > 0, PRECISION, ACC) * scale  # [BLOCK_M, BLOCK_N]
-        logits = add_extras(logits, bias, allowed, HAS_BIAS, HAS_TABLE, HAS_MASK)
-        offs_r = (b * heads + h) * n_queries + offs_m
-        row_max, log_sum = load_row_stats(row_max_ptr, log_sum_ptr, offs_r, mask_m, LOG2_UNITS)
-        delta = tl.load(delta_ptr + offs_r, mask=mask_m, other=0.0)
-        weights = tl.where(seen, probabilities(logits, row_max[:, None], log_sum[:, None], LOG2_UNITS), 0.0)
+        logits = add_extras(logits, added, allowed, HAS_BIAS, HAS_TABLE, HAS_MASK)
+        weights = probabilities(logits, row_max[:, None], log_sum[:, None], True, False)
         dweights = dot_rows(dout, dout_tail, v, v_tail, V_TAIL > 0, PRECISION, ACC)
         if THRESHOLD > 0:
             keep = kept_weights(rng_ptr, head, start_m, start_n, THRESHOLD, BLOCK_M, BLOCK_N)
             dweights = tl.where(keep, dweights, 0.0) * KEEP_SCALE
         total += weights * (dweights - delta[:, None])
+    total = tl.where(seen, total, 0.0)
     partial_ptr += plane.to(tl.int64) * partial_rows * n_keys
     if SUM_QUERIES:
         tl.store(partial_ptr + block_m.to(tl.int64) * n_keys + offs_n, tl.sum(total, 0), mask=offs_n < n_keys)
@@ -551,7 +578,8 @@ def softmax_attention_backward(
         call.logit_scale, call.dq_scale,
         *call.sizes,
         *strides, *(() if needs_dq else (0, 0, 0, 0)), *call.extra_strides,
-        HAS_DLSE=dlse is not None, NEEDS_DQ=needs_dq, **address, **call.cut(tile),
+        HAS_DLSE=dlse is not None, NEEDS_DQ=needs_dq, REST=call.rest(call.n_keys, tile.block_n),
+        **address, **call.cut(tile),
     )  # fmt: skip
     if needs_dq and double:
         dq *= scale
@@ -568,7 +596,7 @@ def softmax_attention_backward(
             call.logit_scale, call.dk_scale,
             *call.sizes,
             *strides, *call.extra_strides,
-            **address, **call.cut(tile),
+            REST=call.rest(call.n_queries, tile.block_m), **address, **call.cut(tile),
         )  # fmt: skip
 
     stats = (dout, row_max, log_sum, delta)

@@ -1,11 +1,16 @@
 """What the kernels of softmax attention share: tiles, extras, statistics, and the arguments of a call."""
 
+import math
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 
-from ..attention import LOG2E, divided_strides
-from ..tuning import SoftmaxAttentionConfig, Tile, architecture, softmax_attention_config
+from ..attention import LOG2E, divided_strides, product_precision
+from ..tuning import DENSE_TABLE_BYTES, SoftmaxAttentionConfig, Tile, architecture, softmax_attention_config
+
+MAX_BLOCK = 256  # queries, keys or dimensions of a tile
 
 
 @triton.jit
@@ -14,7 +19,14 @@ def load_tile(
     CHECK_N: tl.constexpr, CHECK_D: tl.constexpr, UNIT: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Rows offs_n and columns offs_d of one head; what lies outside is 0."""
-    ptrs = ptr + tile_offsets(offs_n, offs_d, stride_n, stride_d, UNIT, ALIGN)
+    tile = tile_offsets(offs_n, offs_d, stride_n, stride_d, UNIT, ALIGN)
+    return load_at(ptr, tile, offs_n, offs_d, n, dim, CHECK_N, CHECK_D)
+
+
+@triton.jit
+def load_at(ptr, tile, offs_n, offs_d, n, dim, CHECK_N: tl.constexpr, CHECK_D: tl.constexpr):
+    """``load_tile`` with the tile's offsets given, which a loop leaves as they are and moves the pointer instead."""
+    ptrs = ptr + tile
     if CHECK_N and CHECK_D:
         return tl.load(ptrs, mask=(offs_n[:, None] < n) & (offs_d[None, :] < dim), other=0.0)
     elif CHECK_N:
@@ -26,14 +38,32 @@ def load_tile(
 
 
 @triton.jit
-def tile_offsets(offs_n, offs_d, stride_n, stride_d, UNIT: tl.constexpr, ALIGN: tl.constexpr):
-    """Element offsets, 64 bits wide. UNIT names the axis whose stride is 1; the other's comes divided by ALIGN."""
-    if UNIT == "d":
-        return (offs_n.to(tl.int64) * stride_n * ALIGN)[:, None] + offs_d[None, :]
-    elif UNIT == "n":
-        return offs_n[:, None] + (offs_d.to(tl.int64) * stride_d * ALIGN)[None, :]
+def token_offset(start, stride_n, UNIT: tl.constexpr, ALIGN: tl.constexpr):
+    """Elements from a head's first token to this one, 64 bits wide."""
+    start = tl.full([], 0, tl.int64) + start
+    if UNIT == "n":
+        return start
+    elif UNIT == "d":
+        return start * stride_n * ALIGN
     else:
-        return (offs_n.to(tl.int64) * stride_n)[:, None] + (offs_d.to(tl.int64) * stride_d)[None, :]
+        return start * stride_n
+
+
+@triton.jit
+def tile_offsets(
+    offs_n, offs_d, stride_n, stride_d, UNIT: tl.constexpr, ALIGN: tl.constexpr, OFFSETS: tl.constexpr = tl.int64
+):  # fmt: skip
+    """Element offsets. UNIT names the axis whose stride is 1; the other's comes divided by ALIGN.
+
+    OFFSETS is their integer type. It may be 32 bits wide only for a tile that starts where its pointer points.
+    """
+    if UNIT == "d":
+        return (offs_n.to(tl.int64) * stride_n * ALIGN).to(OFFSETS)[:, None] + offs_d[None, :]
+    elif UNIT == "n":
+        return offs_n[:, None] + (offs_d.to(tl.int64) * stride_d * ALIGN).to(OFFSETS)[None, :]
+    else:
+        rows = (offs_n.to(tl.int64) * stride_n).to(OFFSETS)
+        return rows[:, None] + (offs_d.to(tl.int64) * stride_d).to(OFFSETS)[None, :]
 
 
 @triton.jit
@@ -65,51 +95,62 @@ def table_position(offs, n, width, HAS_TABLE: tl.constexpr):
 
 
 @triton.jit
-def load_pairs(
-    ptr, offs_m, offs_n, m_axis: tl.constexpr, n_axis: tl.constexpr, stride_m, stride_n, n_queries, n_keys,
-    CHECK_M: tl.constexpr, CHECK_N: tl.constexpr,
+def pair_offsets(
+    offs_m, offs_n, m_axis: tl.constexpr, n_axis: tl.constexpr, stride_m, stride_n,
+    ALIGN: tl.constexpr, OFFSETS: tl.constexpr,
 ):  # fmt: skip
-    """What one head has for pairs of queries and keys; a single row where stride_m is None, one for all queries."""
-    ptrs = ptr + tl.expand_dims(offs_n.to(tl.int64) * stride_n, m_axis)
+    """Element offsets of pairs of queries and keys; one row where stride_m is None, for all queries."""
+    offsets = tl.expand_dims((offs_n.to(tl.int64) * stride_n).to(OFFSETS), m_axis)
     if stride_m is not None:
-        if CHECK_M:  # clamped: what queries beyond the last get is not used, and whole blocks of keys need no mask
-            offs_m = tl.minimum(offs_m, n_queries - 1)
-        ptrs += tl.expand_dims(offs_m.to(tl.int64) * stride_m, n_axis)
-    if CHECK_N:
-        return tl.load(ptrs, mask=tl.expand_dims(offs_n < n_keys, m_axis), other=0)
-    else:
-        return tl.load(ptrs)
+        offsets += tl.expand_dims((offs_m.to(tl.int64) * stride_m * ALIGN).to(OFFSETS), n_axis)
+    return offsets
 
 
 @triton.jit
-def load_extras(
-    offs_m, offs_n, position_m, position_n, m_axis: tl.constexpr, n_axis: tl.constexpr,
-    bias_ptr, mask_ptr, table_ptr,
-    n_queries, n_keys,
-    stride_bias_m, stride_bias_n, stride_mask_m, stride_mask_n,
-    CHECK_M: tl.constexpr, CHECK_N: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_TABLE: tl.constexpr, HAS_MASK: tl.constexpr, ACC: tl.constexpr,
+def query_offset(start, stride_m, ALIGN: tl.constexpr):
+    """Elements from the first query's pairs to this one's, 64 bits wide."""
+    offset = tl.full([], 0, tl.int64)
+    if stride_m is not None:
+        offset = (offset + start) * stride_m * ALIGN
+    return offset
+
+
+@triton.jit
+def key_offset(start, stride_n):
+    """Elements from the first key's pairs to this one's, 64 bits wide."""
+    return (tl.full([], 0, tl.int64) + start) * stride_n
+
+
+@triton.jit
+def load_pairs(ptr, tile, offs_n, m_axis: tl.constexpr, n_keys, CHECK_N: tl.constexpr, KEYS_ALIGN: tl.constexpr):
+    """What one head has for pairs of queries and keys. KEYS_ALIGN divides n_keys, which leaves masked loads wide."""
+    if CHECK_N:
+        exists = offs_n < n_keys // KEYS_ALIGN * KEYS_ALIGN
+        return tl.load(ptr + tile, mask=tl.expand_dims(exists, m_axis), other=0)
+    else:
+        return tl.load(ptr + tile)
+
+
+@triton.jit
+def load_bias(
+    bias_ptr, bias_tile, table_ptr, position_m, position_n, offs_n, n_keys,
+    m_axis: tl.constexpr, n_axis: tl.constexpr,
+    CHECK_N: tl.constexpr, KEYS_ALIGN: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_TABLE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """One head's bias, the bias table's added to it, and mask for a tile of logits that lies either way; 0 if absent.
+    """One head's bias, the bias table's added to it, for a tile of logits that lies either way; 0 if absent.
 
     Called before the product that gives the logits: where layouts disagree, the compiler keeps that of what comes
     last, and if that were the gathered bias's, it would compute the softmax in both.
     """
     bias = 0.0
-    allowed = 0
     if HAS_BIAS:
-        bias = load_pairs(
-            bias_ptr, offs_m, offs_n, m_axis, n_axis, stride_bias_m, stride_bias_n, n_queries, n_keys, CHECK_M, CHECK_N
-        ).to(ACC)
+        bias = load_pairs(bias_ptr, bias_tile, offs_n, m_axis, n_keys, CHECK_N, KEYS_ALIGN).to(ACC)
     if HAS_TABLE:
         rows = tl.expand_dims(position_m, n_axis) - tl.expand_dims(position_n, m_axis)
         entries = tl.load(table_ptr + rows).to(ACC)
         bias = bias + entries if HAS_BIAS else entries
-    if HAS_MASK:
-        allowed = load_pairs(
-            mask_ptr, offs_m, offs_n, m_axis, n_axis, stride_mask_m, stride_mask_n, n_queries, n_keys, CHECK_M, CHECK_N
-        )
-    return bias, allowed
+    return bias
 
 
 @triton.jit
@@ -123,22 +164,32 @@ def add_extras(logits, bias, allowed, HAS_BIAS: tl.constexpr, HAS_TABLE: tl.cons
 
 
 @triton.jit
-def load_row_stats(row_max_ptr, log_sum_ptr, offs, mask, LOG2_UNITS: tl.constexpr):
-    """Maximum and logarithm of the sum of rows. In units of log 2 the forward kept their sum, which stands for both."""
-    row_max = tl.load(row_max_ptr + offs, mask=mask, other=0.0)
+def load_row_stats(
+    row_max_ptr, log_sum_ptr, offs, mask, CHECK: tl.constexpr, TWO_STATS: tl.constexpr
+):  # fmt: skip
+    """Maximum and logarithm of the sum of rows. Without a bias the forward kept their sum, which stands for both."""
+    row_max = load_rows(row_max_ptr, offs, mask, CHECK)
     log_sum = row_max
-    if not LOG2_UNITS:
-        log_sum = tl.load(log_sum_ptr + offs, mask=mask, other=0.0)
+    if TWO_STATS:
+        log_sum = load_rows(log_sum_ptr, offs, mask, CHECK)
     return row_max, log_sum
 
 
 @triton.jit
-def probabilities(logits, row_max, log_sum, LOG2_UNITS: tl.constexpr):
-    """The softmax of logits, given what ``load_row_stats`` returned, broadcastable."""
-    if LOG2_UNITS:
-        return tl.exp2(logits - row_max)
+def load_rows(ptr, offs, mask, CHECK: tl.constexpr):
+    if CHECK:
+        return tl.load(ptr + offs, mask=mask, other=0.0)
     else:
-        return tl.exp2(((logits - row_max) - log_sum) * LOG2E)
+        return tl.load(ptr + offs)
+
+
+@triton.jit
+def probabilities(logits, row_max, log_sum, TWO_STATS: tl.constexpr, LOG2_UNITS: tl.constexpr):
+    """The softmax of logits, given what ``load_row_stats`` returned, broadcastable."""
+    if TWO_STATS:  # the difference first: it cannot overflow
+        return tl.exp2((logits - row_max) * LOG2E - log_sum * LOG2E)
+    else:
+        return exponential(logits - row_max, LOG2_UNITS)
 
 
 @triton.jit
@@ -160,15 +211,65 @@ def split_dim(dim: int) -> tuple[int, int]:
 def addressed(*tensors: torch.Tensor) -> tuple[dict[str, object], list[int]]:
     """The constexprs and the flat list of strides for these tensors."""
     unit, align, steps = divided_strides((("d", 3), ("n", 2)), tensors)
-    return {"UNIT": unit, "ALIGN": align}, steps
+    return {"UNIT": unit, "ALIGN": align, "OFFSETS": _offset_type(tensors)}, steps
 
 
-def _broadcast_strides(tensor: torch.Tensor | None) -> list[int | None]:
-    """Strides, 0 along axes of one element, but None for queries, so that kernels are compiled for it."""
+def _offset_type(tensors: Sequence[torch.Tensor | None]) -> tl.dtype:
+    """The integer type of offsets inside a tile of these tensors, q first, along their last two axes.
+
+    32 bits where they hold them, in the kernels of few instructions a step; in the others 64 took fewer registers.
+    """
+    q = tensors[0]
+    assert q is not None
+    widest = max(sum(map(abs, tensor.stride()[2:])) for tensor in tensors if tensor is not None)
+    narrow = q.element_size() == 2 and q.shape[-1] <= 128 and widest < 2**31 // MAX_BLOCK
+    return tl.int32 if narrow else tl.int64
+
+
+def _broadcast_strides(tensor: torch.Tensor | None) -> tuple[list[int | None], int]:
+    """Strides, 0 along axes of one element, but None for queries, so that kernels are compiled for it; and ALIGN.
+
+    Where keys are contiguous, the others come divided by ALIGN, for the reason given in ``divided_strides``.
+    """
     if tensor is None:
-        return [0, 0, None, 0]
+        return [0, 0, None, 0], 1
     strides = [0 if size == 1 else step for size, step in zip(tensor.shape, tensor.stride(), strict=True)]
-    return [*strides[:2], strides[2] if tensor.shape[2] > 1 else None, strides[3]]
+    align = math.gcd(16, *strides[:3]) if strides[3] == 1 else 1
+    steps = [step // align for step in strides[:3]]
+    return [*steps[:2], steps[2] if tensor.shape[2] > 1 else None, strides[3]], align
+
+
+@triton.jit
+def _softmax_attention_dense_table_kernel(
+    table_ptr, bias_ptr,
+    n_tokens, width, table_centre,
+    stride_table_h, stride_table_r, stride_bias_h, stride_bias_m,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program owns one query of one head."""
+    h = (tl.program_id(0) // n_tokens).to(tl.int64)
+    query = tl.program_id(0) % n_tokens
+    centre = table_position(query, n_tokens, width, True) + table_centre
+    table_ptr += h * stride_table_h
+    bias_ptr += h * stride_bias_h + query.to(tl.int64) * stride_bias_m
+    for start in tl.range(0, n_tokens, BLOCK_N):
+        keys = start + tl.arange(0, BLOCK_N)
+        rows = (centre - table_position(keys, n_tokens, width, True)).to(tl.int64)
+        exists = keys < n_tokens
+        tl.store(bias_ptr + keys, tl.load(table_ptr + rows * stride_table_r, mask=exists), mask=exists)
+
+
+def dense_table(table: torch.Tensor, n_tokens: int, width: int) -> torch.Tensor:
+    """A bias table spread out to (1, heads, n_tokens, n_tokens), its rows in memory a multiple of 16 bytes apart."""
+    heads, row = table.shape[1], 16 // table.element_size()
+    bias = table.new_empty((1, heads, n_tokens, triton.cdiv(n_tokens, row) * row))[..., :n_tokens]
+    _softmax_attention_dense_table_kernel[(heads * n_tokens,)](
+        table, bias,
+        n_tokens, width, table.shape[0] // 2,
+        table.stride(1), table.stride(0), bias.stride(1), bias.stride(2),
+        BLOCK_N=min(1024, max(32, triton.next_power_of_2(n_tokens))), num_warps=4,
+    )  # fmt: skip
+    return bias
 
 
 class Call:
@@ -184,13 +285,18 @@ class Call:
         batch, self.heads, self.n_queries, qk_dim = q.shape
         key_heads, self.n_keys, v_dim = v.shape[1:]
         self.all_heads, self.all_key_heads = batch * self.heads, batch * key_heads
+        arch = architecture(q.device)
         self.config = config or softmax_attention_config(
-            architecture(q.device),
+            arch,
             itemsize=q.element_size(),
             head_dim=max(qk_dim, v_dim),
             extras=sum(tensor is not None for tensor in (bias, mask, table, rng)),
         )
         has_bias = bias is not None or table is not None
+        if table is not None and bias is None:
+            size = self.heads * self.n_queries * self.n_keys * table.element_size()
+            if size <= DENSE_TABLE_BYTES:  # rows of it are read at once, and all batches find it in the cache
+                bias, table = dense_table(table, self.n_keys, width), None
         double = q.dtype == torch.float64
         self.dq_scale = 1.0 if double else scale
         if double:  # a float argument has 32 bits, so the scale is in q
@@ -198,7 +304,7 @@ class Call:
         elif scale <= 0:  # the forward takes maxima before it scales
             q, scale = (-q, -scale) if scale else (q * 0, 1.0)
         self.dk_scale = scale
-        self.logit_scale = scale * (1.0 if has_bias else LOG2E.value)
+        self.logit_scale = scale * (1.0 if has_bias or double else LOG2E.value)
         self.acc_dtype = torch.float64 if double else torch.float32
         if mask is not None:
             # beside a tensor of 8 bits the compiler finds no product of float64 on NVIDIA
@@ -211,11 +317,9 @@ class Call:
         self.sizes = (
             self.heads, self.heads // key_heads, self.n_queries, self.n_keys, qk_dim, v_dim, width, centre
         )  # fmt: skip
-        self.extra_strides = (
-            *_broadcast_strides(bias), *_broadcast_strides(mask), 0 if table is None else table.shape[1]
-        )  # fmt: skip
+        (bias_strides, bias_align), (mask_strides, mask_align) = _broadcast_strides(bias), _broadcast_strides(mask)
+        self.extra_strides = (*bias_strides, *mask_strides, 0 if table is None else table.shape[1])
         (qk_main, qk_tail), (v_main, v_tail) = split_dim(qk_dim), split_dim(v_dim)
-        tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
         self.options = {
             "HAS_BIAS": bias is not None,
             "HAS_TABLE": table is not None,
@@ -229,9 +333,17 @@ class Call:
             "V_MAIN": v_main,
             "V_TAIL": v_tail,
             "CHECK_V": v_main + v_tail != v_dim,
-            "PRECISION": "tf32" if tf32 else "ieee",
+            "PRECISION": product_precision(q.dtype, arch),
+            "EXTRA_OFFSETS": _offset_type((q, bias, mask)),
+            "KEYS_ALIGN": math.gcd(16, self.n_keys),
+            "BIAS_ALIGN": bias_align,
+            "MASK_ALIGN": mask_align,
             "ACC": tl.float64 if double else tl.float32,
         }
+
+    def rest(self, size: int, block: int) -> int:
+        """The block for what is left of keys or queries beyond whole blocks, which a causal mask has checked, too."""
+        return block if self.options["CAUSAL"] else min(block, max(16, 1 << (size % block - 1).bit_length()))
 
     def cut(self, tile: Tile) -> dict[str, object]:
         """The constexprs and compile options of a kernel cut up so."""

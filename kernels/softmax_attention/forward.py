@@ -14,10 +14,17 @@ from .common import (
     addressed,
     dot_rows,
     exponential,
-    load_extras,
+    key_offset,
+    load_at,
+    load_bias,
+    load_pairs,
     load_tile,
+    pair_offsets,
+    query_offset,
     store_tile,
     table_position,
+    tile_offsets,
+    token_offset,
 )
 
 
@@ -37,12 +44,14 @@ def _softmax_attention_fwd_kernel(
     THRESHOLD: tl.constexpr, KEEP_SCALE: tl.constexpr,
     QK_MAIN: tl.constexpr, QK_TAIL: tl.constexpr, CHECK_QK: tl.constexpr,
     V_MAIN: tl.constexpr, V_TAIL: tl.constexpr, CHECK_V: tl.constexpr,
-    UNIT: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    UNIT: tl.constexpr, ALIGN: tl.constexpr, OFFSETS: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    BIAS_ALIGN: tl.constexpr, MASK_ALIGN: tl.constexpr, KEYS_ALIGN: tl.constexpr, EXTRA_OFFSETS: tl.constexpr,
     KEEP: tl.constexpr, WRITE_LSE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    """One program owns BLOCK_M queries of one head."""
-    LOG2_UNITS: tl.constexpr = not (HAS_BIAS or HAS_TABLE)
+    """One program owns BLOCK_M queries of one head. The keys beyond the last whole block make a block of REST."""
+    TWO_STATS: tl.constexpr = HAS_BIAS or HAS_TABLE
+    LOG2_UNITS: tl.constexpr = not (HAS_BIAS or HAS_TABLE or tl.float64 == ACC)
     CHECK_QK_MAIN: tl.constexpr = CHECK_QK and QK_TAIL == 0
     CHECK_V_MAIN: tl.constexpr = CHECK_V and V_TAIL == 0
     n_blocks = tl.cdiv(n_queries, BLOCK_M)
@@ -59,8 +68,9 @@ def _softmax_attention_fwd_kernel(
     q_ptr += (b * stride_qb + h * stride_qh) * ALIGN
     k_ptr += (b * stride_kb + h // group * stride_kh) * ALIGN
     v_ptr += (b * stride_vb + h // group * stride_vh) * ALIGN
-    bias_ptr += b * stride_bias_b + h * stride_bias_h
-    mask_ptr += b * stride_mask_b + h * stride_mask_h
+    start_m = block * BLOCK_M
+    bias_ptr += (b * stride_bias_b + h * stride_bias_h) * BIAS_ALIGN + query_offset(start_m, stride_bias_m, BIAS_ALIGN)
+    mask_ptr += (b * stride_mask_b + h * stride_mask_h) * MASK_ALIGN + query_offset(start_m, stride_mask_m, MASK_ALIGN)
     table_ptr += h * stride_table_h + table_centre
     q = load_tile(q_ptr, offs_m, offs_d, stride_qn, stride_qd, n_queries, qk_dim, True, CHECK_QK_MAIN, UNIT, ALIGN)
     q_tail = q
@@ -68,6 +78,7 @@ def _softmax_attention_fwd_kernel(
         offs_dt = QK_MAIN + tl.arange(0, QK_TAIL)
         q_tail = load_tile(q_ptr, offs_m, offs_dt, stride_qn, stride_qd, n_queries, qk_dim, True, CHECK_QK, UNIT, ALIGN)
 
+    queries = tl.minimum(tl.arange(0, BLOCK_M), n_queries - 1 - start_m)  # what those beyond the last get is not used
     position_m = table_position(offs_m, n_queries, width, HAS_TABLE)
     row_max = tl.full([BLOCK_M], float("-inf"), ACC)
     row_sum = tl.zeros([BLOCK_M], ACC)
@@ -84,25 +95,33 @@ def _softmax_attention_fwd_kernel(
     for CHECK in tl.static_range(2):  # the blocks that every query sees whole, then the others
         begin = n_whole if CHECK else 0
         stop = end if CHECK else n_whole
+        # what moves along in the loop are scalars: these offsets stay
+        keys = tl.arange(0, REST if CHECK else BLOCK_N)
+        k_tile = tile_offsets(keys, offs_d, stride_kn, stride_kd, UNIT, ALIGN, OFFSETS)
+        v_tile = tile_offsets(keys, offs_v, stride_vn, stride_vd, UNIT, ALIGN, OFFSETS)
+        bias_tile = pair_offsets(queries, keys, 0, 1, stride_bias_m, stride_bias_n, BIAS_ALIGN, EXTRA_OFFSETS)
+        mask_tile = pair_offsets(queries, keys, 0, 1, stride_mask_m, stride_mask_n, MASK_ALIGN, EXTRA_OFFSETS)
         if begin < stop:  # a loop that may have no step has ptxas serialize the products on sm_90
             for start in tl.range(begin, stop, BLOCK_N):
-                offs_n = start + tl.arange(0, BLOCK_N)
-                k = load_tile(
-                    k_ptr, offs_n, offs_d, stride_kn, stride_kd, n_keys, qk_dim, CHECK, CHECK_QK_MAIN, UNIT, ALIGN
-                )
+                offs_n = start + keys
+                k_base = k_ptr + token_offset(start, stride_kn, UNIT, ALIGN)
+                v_base = v_ptr + token_offset(start, stride_vn, UNIT, ALIGN)
+                k = load_at(k_base, k_tile, offs_n, offs_d, n_keys, qk_dim, CHECK, CHECK_QK_MAIN)
                 k_tail = k
                 if QK_TAIL > 0:
-                    k_tail = load_tile(
-                        k_ptr, offs_n, offs_dt, stride_kn, stride_kd, n_keys, qk_dim, CHECK, CHECK_QK, UNIT, ALIGN
-                    )
+                    kt_tile = tile_offsets(keys, offs_dt, stride_kn, stride_kd, UNIT, ALIGN, OFFSETS)
+                    k_tail = load_at(k_base, kt_tile, offs_n, offs_dt, n_keys, qk_dim, CHECK, CHECK_QK)
                 position_n = table_position(offs_n, n_keys, width, HAS_TABLE)
-                bias, allowed = load_extras(
-                    offs_m, offs_n, position_m, position_n, 0, 1, bias_ptr, mask_ptr, table_ptr, n_queries, n_keys,
-                    stride_bias_m, stride_bias_n, stride_mask_m, stride_mask_n,
-                    True, CHECK, HAS_BIAS, HAS_TABLE, HAS_MASK, ACC,
+                bias = load_bias(
+                    bias_ptr + key_offset(start, stride_bias_n), bias_tile, table_ptr, position_m, position_n,
+                    offs_n, n_keys, 0, 1, CHECK, KEYS_ALIGN, HAS_BIAS, HAS_TABLE, ACC,
                 )  # fmt: skip
+                allowed = 0
+                if HAS_MASK:
+                    mask_base = mask_ptr + key_offset(start, stride_mask_n)
+                    allowed = load_pairs(mask_base, mask_tile, offs_n, 0, n_keys, CHECK, KEYS_ALIGN)
                 logits = dot_rows(q, q_tail, k, k_tail, QK_TAIL > 0, PRECISION, ACC)  # [BLOCK_M, BLOCK_N]
-                if not LOG2_UNITS:
+                if TWO_STATS:
                     logits *= scale
                 logits = add_extras(logits, bias, allowed, HAS_BIAS, HAS_TABLE, HAS_MASK)
                 if CHECK:
@@ -112,29 +131,26 @@ def _softmax_attention_fwd_kernel(
                     logits = tl.where(seen, logits, float("-inf"))
 
                 block_max = tl.max(logits, 1)
-                if LOG2_UNITS:  # scale > 0: the maximum before scaling, which is left to a multiply-add
+                if not TWO_STATS:  # scale > 0: the maximum before scaling, which is left to a multiply-add
                     block_max *= scale
                 new_max = tl.maximum(row_max, block_max)
                 shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-                if LOG2_UNITS:
-                    weights = tl.exp2(logits * scale - shift[:, None])
-                else:
+                if TWO_STATS:
                     weights = tl.exp2((logits - shift[:, None]) * LOG2E)
+                else:
+                    weights = exponential(logits * scale - shift[:, None], LOG2_UNITS)
                 correction = exponential(row_max - shift, LOG2_UNITS)
                 row_sum = row_sum * correction + tl.sum(weights, 1)
                 row_max = new_max
                 if THRESHOLD > 0:
-                    keep = kept_weights(rng_ptr, head, block * BLOCK_M, start, THRESHOLD, BLOCK_M, BLOCK_N)
+                    keep = kept_weights(rng_ptr, head, block * BLOCK_M, start, THRESHOLD, BLOCK_M, keys.shape[0])
                     weights = tl.where(keep, weights, 0.0)
                 weights = weights.to(v_ptr.dtype.element_ty)
-                v = load_tile(
-                    v_ptr, offs_n, offs_v, stride_vn, stride_vd, n_keys, v_dim, CHECK, CHECK_V_MAIN, UNIT, ALIGN
-                )
+                v = load_at(v_base, v_tile, offs_n, offs_v, n_keys, v_dim, CHECK, CHECK_V_MAIN)
                 acc = tl.dot(weights, v, acc * correction[:, None], input_precision=PRECISION, out_dtype=ACC)
                 if V_TAIL > 0:
-                    v = load_tile(
-                        v_ptr, offs_n, offs_vt, stride_vn, stride_vd, n_keys, v_dim, CHECK, CHECK_V, UNIT, ALIGN
-                    )
+                    vt_tile = tile_offsets(keys, offs_vt, stride_vn, stride_vd, UNIT, ALIGN, OFFSETS)
+                    v = load_at(v_base, vt_tile, offs_n, offs_vt, n_keys, v_dim, CHECK, CHECK_V)
                     acc_tail = tl.dot(
                         weights, v, acc_tail * correction[:, None], input_precision=PRECISION, out_dtype=ACC
                     )
@@ -153,7 +169,7 @@ def _softmax_attention_fwd_kernel(
         tl.store(lse_ptr + offs_r, lse, mask=offs_m < n_queries)
     if KEEP:
         row_max = tl.where(unseeing, float("inf"), row_max)  # which makes all weights 0
-        if LOG2_UNITS:
+        if not TWO_STATS:
             row_max += log_sum
         else:
             tl.store(log_sum_ptr + offs_r, log_sum, mask=offs_m < n_queries)
@@ -210,6 +226,6 @@ def softmax_attention_forward(
         call.logit_scale,
         *call.sizes,
         *strides, *call.extra_strides,
-        KEEP=keep, WRITE_LSE=wants_lse, **address, **call.cut(tile),
+        KEEP=keep, WRITE_LSE=wants_lse, REST=call.rest(call.n_keys, tile.block_n), **address, **call.cut(tile),
     )  # fmt: skip
     return out, lse, row_max, log_sum
