@@ -28,6 +28,7 @@ COLOURS = {
 LIGHT = ("tutorial", "torch.compile", "sdpa efficient", "sdpa math")  # what dark letters are read on
 TIMES = "times as fast as\nthe tutorials' code"
 MANY = 5  # bars in a group whose numbers must stand upright
+MANY_NAMES = 5  # in a legend
 
 # What an operation's ``panels(records)`` gives, in rows. Bars have records, a title, "label" (of a record, below its
 # bars), "section" (of a record, a name below several labels), and may have "value", the column that is drawn instead
@@ -114,8 +115,10 @@ def _draw_panels(op: str, grid: list[list[Panel]], conditions: dict[str, Any], p
     handles = {name: handles[name] for name in COLOURS if name in handles}
     figure.text(0.012, 1 - 0.14 / height, cases.TITLE, ha="left", va="top", fontsize=15, weight="bold")
     if handles:
+        many = len(handles) > MANY_NAMES
         figure.legend(handles.values(), handles.keys(), loc="upper right", bbox_to_anchor=(0.995, 1 - 0.04 / height),
-                      ncol=len(handles), frameon=False, fontsize=11)  # fmt: skip
+                      ncol=len(handles), frameon=False, fontsize=9 if many else 11,
+                      columnspacing=1.0 if many else 2.0, handlelength=1.2 if many else 2.0)  # fmt: skip
     figure.text(0.012, 0.12 / height, caption, ha="left", va="bottom", fontsize=9.5, color="0.3",
                 linespacing=1.4)  # fmt: skip
     below = 0.26 + 0.18 * len(caption.splitlines())
@@ -160,7 +163,7 @@ def _draw_bars(axis: Any, panel: Panel, highest: float) -> dict[str, Any]:
                 text = f"{height:.1f}" if highest < 100 else f"{height:.0f}"
                 axis.text(centre, height + 0.015 * highest, text, ha="center", va="bottom",
                           rotation=0 if len(names) < MANY else 90, fontsize=7.5 if percent else 9)  # fmt: skip
-            if percent and height > 0.15 * highest:
+            if percent and value != "percent_of_copy" and height > 0.15 * highest:
                 axis.text(centre, 0.03 * highest, f"{record['percent_of_copy']:.0f}%", ha="center", va="bottom",
                           rotation=90, fontsize=7, color="black" if name in LIGHT else "white")  # fmt: skip
     if value == "times_tutorial":

@@ -247,9 +247,9 @@ class SpatialGateCase:
 
 def forced(config: Any) -> contextlib.AbstractContextManager:
     """Launch every spatial gate inside the block with one configuration, whatever the table says."""
-    from attnk.kernels import spatial_gate as kernels
+    from attnk.kernels.spatial_gate import common
 
-    return harness.replaced(kernels, "spatial_gate_config", lambda *args, **kwargs: config)
+    return harness.replaced(common, "spatial_gate_config", lambda *args, **kwargs: config)
 
 
 # Tuning

@@ -82,7 +82,9 @@ def kernels():
 def configured(kernels: Any, **config: int):
     """Every launch inside uses these block sizes."""
     config = {"block_p": 8, "block_c": 4, "num_warps": 4, "num_stages": 1} | config
-    with mock.patch.object(kernels, "spatial_gate_config", return_value=kernels.SpatialGateConfig(**config)):
+    with mock.patch.object(
+        kernels.common, "spatial_gate_config", return_value=kernels.common.SpatialGateConfig(**config)
+    ):
         yield
 
 
@@ -258,7 +260,7 @@ def test_output_keeps_the_memory_format(backend, device, output, memory_format):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "channel_slice", "channels_last_slice", "expanded"])
 def test_no_hidden_copy(kernels, layout):
     x = draw((3, 5, 4, 6), layout=layout)["x"]
-    read, _ = kernels.addressable(x, x.stride(1) < x.stride(3))
+    read, _ = kernels.common.addressable(x, x.stride(1) < x.stride(3))
     assert read is x
 
 
@@ -270,7 +272,7 @@ def test_one_launch_equals_two(kernels, device, output, order, memory_format):
     n_tiles = 4  # 15 pixels in blocks of 4
     results, launched = [], []
     for lag in (0, n_tiles - 1, n_tiles, n_tiles + 3):
-        config = kernels.SpatialGateConfig(block_p=4, block_c=4, num_warps=4, num_stages=1, lag=lag)
+        config = kernels.common.SpatialGateConfig(block_p=4, block_c=4, num_warps=4, num_stages=1, lag=lag)
         with Meter() if dispatch.INTERPRETED else contextlib.nullcontext() as meter:
             kept = kernels.spatial_gate_forward(*inputs.values(), order, output, "first", config=config)
             alone = kernels.spatial_gate_forward(*inputs.values(), order, output, "first", keep=False, config=config)
@@ -926,7 +928,7 @@ def test_offsets_beyond_32_bits(kernels, output, ties, shape, strides):
     inputs["x"], dout = spread
     if output == "map":
         dout = dout[:, :1]
-    read, _ = kernels.addressable(inputs["x"], inputs["x"].stride(1) < inputs["x"].stride(3))
+    read, _ = kernels.common.addressable(inputs["x"], inputs["x"].stride(1) < inputs["x"].stride(3))
     assert read is inputs["x"]
     with Meter():  # fails on a 32-bit overflow
         check("triton", inputs, output=output, ties=ties, dout=dout)

@@ -69,7 +69,7 @@ def try_case(case: dict[str, Any], backend: str, device: str) -> None:
     dout = dict(layouts(torch.randn(batch, channels, height, width).to(device, dtype)))[case["dout_layout"]]
     with contextlib.ExitStack() as stack:
         if backend == "triton":
-            from attnk.kernels import spatial_gate as kernels
+            from attnk.kernels.spatial_gate import common as kernels
 
             config = kernels.SpatialGateConfig(**case["blocks"], num_warps=4)
             stack.enter_context(mock.patch.object(kernels, "spatial_gate_config", return_value=config))
