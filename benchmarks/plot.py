@@ -234,7 +234,9 @@ def _caption(words: str, conditions: dict[str, Any], grid: list[list[Panel]]) ->
             "turn.\nEach had to compute the right values and gradients first."
         )
     if on_gpu:
-        lines.append("In the bars: percent of a copy's bandwidth, at the fewest bytes the pass could move.")
+        in_bars = any(panel.get("value") != "percent_of_copy" for row in grid for panel in row)
+        percent = "In the bars: percent" if in_bars else "Percent"
+        lines.append(f"{percent} of a copy's bandwidth, at the fewest bytes the pass could move.")
     return "\n".join([*lines, words])
 
 

@@ -621,6 +621,17 @@ def test_tuning_on_a_gpu_goes_on_where_it_stopped(tune, gate, harness, monkeypat
     assert {record["gain"] for record in records} == {4.5}
 
 
+@pytest.mark.gpu
+def test_a_sweep_on_a_gpu(harness):
+    """What other processes compiled is what this one runs, and is right."""
+    tune = importlib.import_module("tune")
+    case = harness.cases_of("axial_attention").AxialCase("test", 2, 14, 14, 2, 32, "bf16", "cuda", layout="row")
+    with tune.Compiler(2) as compiler:
+        outcome = tune.sweep(case, 20, compiler=compiler)
+    assert outcome.tried > 2
+    assert outcome.row.startswith("GroupAttentionRow(2, 16, 32, 0, ")
+
+
 interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="runs kernels in the interpreter")
 
 
