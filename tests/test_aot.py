@@ -46,7 +46,7 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 DTYPES = {2: (torch.float16, torch.bfloat16), 4: (torch.float32,), 8: (torch.float64,)}
 SIDES = (8, 16, 28, 56, 112, 224, 448)  # height and width, the contiguous sizes divisible by 8
 CHANNELS = 64
-MEASURED_STACK = {"sm_90": 384}  # bytes a thread, where rows of attention were chosen by the clock of a device
+MEASURED_STACK = {"sm_90": 512}  # bytes a thread, where rows of attention were chosen by the clock of a device
 OCCUPANCY_STACK = 8  # a register or two that ptxas gives up, far below the 255 there are, so that more programs fit
 
 
@@ -594,7 +594,7 @@ GROUP_ROWS = [
     pytest.param(target, row, id=f"{target}-{row.itemsize}-{row.tokens}x{row.head_dim}-{row.extras}")
     for target in TARGETS
     for row in GROUP_ATTENTION_TABLE.get(target, GROUP_ATTENTION_TABLE["default"])
-    if row.itemsize == 2 or target in ("sm_80", "gfx942")  # wider ones are compiled alike for all of NVIDIA's
+    if row.itemsize == 2 or target != "sm_100"  # wider ones are compiled as for sm_80
 ]
 
 
