@@ -231,7 +231,7 @@ class SdpaRow:
     source: str
 
 
-SDPA_TABLE: dict[str, tuple[SdpaRow, ...]] = {}  # a row needs a results file, and no device has been measured yet
+SDPA_TABLE: dict[str, tuple[SdpaRow, ...]] = {}  # a row needs a results file; none shows PyTorch well ahead
 
 
 def sdpa_is_faster(arch: str, *, itemsize: int, head_dim: int, tokens: int) -> str | None:
@@ -429,7 +429,8 @@ _LINEAR_WIDE_ROW = _linear_row(
 )
 
 LINEAR_ATTENTION_TABLE: dict[str, tuple[LinearAttentionRow, ...]] = {
-    # all rows are untuned: the largest tiles of those tried that compile without spills and leave room for two programs
+    # but for sm_90's all rows are untuned: the largest tiles of those tried that compile without spills and leave room
+    # for two programs
     "sm_90": (  # NVIDIA H200, 2026-11-20, 1.2 to 1.7x the rows of sm_100 and of default there; the last is untuned
         _linear_row(2, 32, state=(128, 32, 4, 3), forward=(128, 32, 4, 1), dq=(64, 32, 2, 2), dkv=(128, 32, 4, 2)),
         _linear_row(2, 64, state=(128, 64, 2, 1), forward=(64, 64, 4, 1), dq=(32, 64, 2, 3), dkv=(64, 64, 4, 3)),
