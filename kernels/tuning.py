@@ -166,7 +166,7 @@ _LARGE_TILES_SM90 = (  # NVIDIA H200, 2026-11-20: in 16 bits rows 0, 1 and 3, in
     _attention_row(2, 64, 1, forward=(64, 64, 4, 3), dq=(64, 64, 4, 3), dkv=(64, 64, 4, 2), dbias=(64, 64, 4, 3)),
     _attention_row(2, 64, 4, forward=(64, 64, 4, 3), dq=(128, 64, 8, 2), dkv=(32, 128, 8, 2), dbias=(128, 64, 8, 1)),
     _attention_row(2, 128, 0, forward=(64, 64, 4, 3), dq=(128, 64, 8, 3), dkv=(64, 64, 4, 2), dbias=(128, 64, 8, 1)),
-    _attention_row(2, 128, 1, forward=(128, 64, 8, 3), dq=(128, 64, 8, 2), dkv=(32, 128, 8, 2), dbias=(128, 64, 8, 1)),
+    _attention_row(2, 128, 1, forward=(128, 64, 8, 3), dq=(64, 64, 4, 2), dkv=(32, 128, 8, 2), dbias=(128, 64, 8, 1)),
     _attention_row(2, 128, 4, forward=(128, 64, 8, 2), dq=(128, 32, 8, 2), dkv=(16, 64, 8, 2), dbias=(128, 64, 8, 1)),
     _attention_row(2, 256, 0, forward=(128, 64, 8, 2), dq=(128, 32, 8, 2), dkv=(16, 64, 8, 2), dbias=(128, 64, 8, 1)),
     _attention_row(4, 64, 0, forward=(128, 64, 8, 1), dq=(128, 64, 8, 1), dkv=(32, 32, 4, 1), dbias=(64, 64, 4, 1)),
