@@ -157,7 +157,7 @@ def _attention_row(
 _LARGE_TILES = (
     _attention_row(2, 64, 0, forward=(128, 128, 8, 2), dq=(128, 64, 8, 2), dkv=(64, 64, 4, 2), dbias=(128, 64, 8, 2)),
     _attention_row(2, 64, 1, forward=(128, 64, 8, 3), dq=(128, 64, 8, 2), dkv=(64, 64, 4, 2), dbias=(128, 64, 8, 2)),
-    _attention_row(2, 64, 4, forward=(64, 64, 4, 3), dq=(128, 64, 8, 2), dkv=(32, 128, 8, 2), dbias=(128, 64, 8, 2)),
+    _attention_row(2, 64, 4, forward=(64, 64, 4, 3), dq=(128, 64, 8, 2), dkv=(32, 128, 8, 2), dbias=(128, 64, 8, 1)),
     _attention_row(2, 128, 0, forward=(128, 128, 8, 2), dq=(128, 64, 8, 2), dkv=(32, 128, 8, 2), dbias=(128, 64, 8, 1)),
     _attention_row(2, 128, 1, forward=(128, 64, 8, 3), dq=(128, 64, 8, 2), dkv=(32, 128, 8, 2), dbias=(128, 64, 8, 1)),
 )

@@ -46,8 +46,8 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 DTYPES = {2: (torch.float16, torch.bfloat16), 4: (torch.float32,), 8: (torch.float64,)}
 SIDES = (8, 16, 28, 56, 112, 224, 448)  # height and width, the contiguous sizes divisible by 8
 CHANNELS = 64
-MEASURED_STACK = {"sm_90": 640}  # bytes a thread, where rows of attention were chosen by the clock of a device
-OCCUPANCY_STACK = 8  # a register or two that ptxas gives up, far below the 255 there are, so that more programs fit
+MEASURED_STACK = {"sm_90": 704}  # bytes a thread, where rows of attention were chosen by the clock of a device
+OCCUPANCY_STACK = 16  # a few registers that ptxas gives up, far below the 255 there are, so that more programs fit
 
 
 def chosen_for(arch: str, number: int) -> dict[int, int]:
@@ -258,10 +258,16 @@ DEFAULT_TARGETS = {
 }
 # Bytes of stack a thread where no tile of float64 does without, as measured: by target, turn and kernel
 ALLOWED_STACK = {
+    ("sm_80", 0, "_softmax_attention_bwd_dq_kernel"): 160,
     ("sm_80", 0, "_softmax_attention_bwd_dkv_kernel"): 48,
     ("sm_80", 0, "_softmax_attention_bwd_dbias_kernel"): 1112,
     ("sm_80", 1, "_softmax_attention_bwd_dq_kernel"): 344,
     ("sm_80", 1, "_softmax_attention_bwd_dkv_kernel"): 696,
+}
+# and of the 16-bit rows with most extras or the widest heads: by table, row, turn and kernel
+ROW_ALLOWED_STACK = {
+    ("sm_100", 2, 1, "_softmax_attention_bwd_dq_kernel"): 56,
+    ("sm_100", 6, 0, "_softmax_attention_fwd_kernel"): 8,
 }
 ATTENTION_CASES = [
     pytest.param(arch, number, turn, target, id=f"{arch}-row{number}-{('largest', 'parts')[turn]}-{target}")
@@ -397,7 +403,7 @@ def test_attention_row_compiles(arch, number, turn, target):
     dtype, launched = attention_row(arch, number, turn, target)
     for launch in launched:
         compiled = compile_once(launch, target)
-        stack = MEASURED_STACK.get(target, 0)
+        stack = MEASURED_STACK.get(target, ROW_ALLOWED_STACK.get((arch, number, turn, launch.name), 0))
         if dtype == torch.float64:
             stack = ALLOWED_STACK.get((target, turn, launch.name), OCCUPANCY_STACK)
         check_resources(compiled, stack)
