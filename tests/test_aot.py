@@ -204,7 +204,7 @@ def test_offsets_are_64_bits_wide(channels_last, lag):
 def test_other_kernel_sizes_compile(kernel_size, target):
     for lag in (0, 10**6):
         for launch in launches("default", 0, torch.float16, 28, kernel_size=kernel_size, lag=lag):
-            check_resources(compile_launch(launch, target))
+            check_resources(compile_launch(launch, target), OCCUPANCY_STACK)
 
 
 @pytest.mark.parametrize(("side", "bits"), [(14, 64), (7, 16)])
