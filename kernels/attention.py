@@ -65,18 +65,18 @@ def philox(seed, count0, count1, count2, count3):
     return count0, count1, count2, count3
 
 
-def product_precision(dtype: torch.dtype, arch: str) -> str:
+def product_precision(dtype: torch.dtype, arch: str, head_dim: int) -> str:
     """How matrix products of a dtype are formed on an architecture, as ``tl.dot`` calls it.
 
     Of float32: by TF32 where ``torch.backends.cuda.matmul.allow_tf32`` says so, else on sm_90 by three products of
     TF32, of the leading and the trailing bits, which are as exact as float32's own and, measured, four to eight times
-    as fast; elsewhere in float32 itself.
+    as fast; elsewhere, and with heads of more than 64, whose tiles would spill, in float32 itself.
     """
     if dtype != torch.float32:
         return "ieee"
     if torch.backends.cuda.matmul.allow_tf32:
         return "tf32"
-    return "tf32x3" if arch == "sm_90" else "ieee"
+    return "tf32x3" if arch == "sm_90" and head_dim <= 64 else "ieee"
 
 
 def divided_strides(units: Sequence[tuple[str, int]], tensors: Sequence[torch.Tensor]) -> tuple[str, int, list[int]]:

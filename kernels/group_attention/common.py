@@ -266,7 +266,7 @@ class Call:
             "PADDED": layout == "window" and tuple(padded) != (height, width),
             "THRESHOLD": min(round(dropout_p * 2**32), 2**32 - 1),
             "KEEP_SCALE": 1 / (1 - dropout_p) if dropout_p < 1 else 0.0,
-            "PRECISION": product_precision(q.dtype, architecture(q.device)),
+            "PRECISION": product_precision(q.dtype, architecture(q.device), max(qk_dim, v_dim)),
             "ACC": tl.float64 if double else tl.float32,
             "SCALE_FIRST": scale <= 0,  # otherwise maxima are taken before it
             "QK_DIM": padded_side(qk_dim),

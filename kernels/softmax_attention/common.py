@@ -333,7 +333,7 @@ class Call:
             "V_MAIN": v_main,
             "V_TAIL": v_tail,
             "CHECK_V": v_main + v_tail != v_dim,
-            "PRECISION": product_precision(q.dtype, arch),
+            "PRECISION": product_precision(q.dtype, arch, max(qk_dim, v_dim)),
             "EXTRA_OFFSETS": _offset_type((q, bias, mask)),
             "KEYS_ALIGN": math.gcd(16, self.n_keys),
             "BIAS_ALIGN": bias_align,
