@@ -51,6 +51,14 @@ def group_places(
     return place.flatten(2).flatten(0, 1), both.flatten(2).flatten(0, 1)
 
 
+def group_count(height: int, width: int, window: Sequence[int], dilation: Sequence[int]) -> int:
+    """How many groups ``group_places`` finds."""
+    rows, columns = (
+        -(-size // (part * step)) * step for size, part, step in zip((height, width), window, dilation, strict=True)
+    )
+    return rows * columns
+
+
 def table_gradient(pairs: torch.Tensor, window: tuple[int, int]) -> torch.Tensor:
     """The gradient of a bias table (entries, heads), from that of the bias of all pairs (heads, queries, keys)."""
     rows, columns = window

@@ -6,10 +6,12 @@ from functools import lru_cache
 
 import torch
 
-from attnk.groups import far_pairs, group_places, group_window, table_gradient
+from attnk.groups import far_pairs, group_count, group_places, group_window, table_gradient
 from attnk.memory import empty_in_order, in_order
 
 from . import softmax_attention as streaming
+
+KEPT_TOKENS = 64  # groups of no more keep their weights for the backward, fewer numbers than half of what they read
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,8 @@ class Kind:
 class Lines:
     """Rows or columns of some images, as views of the map."""
 
-    def __init__(self, number: int, images: slice, axis: str, hidden: torch.Tensor | None) -> None:
-        self.kinds = [Kind(number, slice(None), hidden)]
+    def __init__(self, number: int, images: slice, axis: str, groups: int, hidden: torch.Tensor | None) -> None:
+        self.kinds = [Kind(number, slice(0, groups), hidden)]
         self.images = images
         self.order = (0, 1, 3, 2, 4) if axis == "row" else (0, 2, 3, 1, 4)
         self.back = (0, 1, 3, 2, 4) if axis == "row" else (0, 3, 1, 2, 4)
@@ -41,6 +43,10 @@ class Lines:
     def take(self, x: torch.Tensor) -> torch.Tensor:
         """(groups, heads, tokens, D) of a map (B, height, width, heads, D)."""
         return x[self.images].permute(self.order).flatten(0, 1)
+
+    def weights(self, kept: torch.Tensor) -> torch.Tensor:
+        """(groups, heads, tokens, tokens) of what ``weights_empty`` returned."""
+        return kept[self.images].flatten(0, 1)
 
     def put(self, x: torch.Tensor | None, values: list[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
         """Write what each kind has into a map, or into a new one whose axes lie in the order of another's."""
@@ -56,38 +62,66 @@ class Lines:
 
 
 class Windows:
-    """Windows of all images, copied token by token.
+    """Windows of all images, copied once, by rows of D numbers.
 
     Args:
         places: (windows, tokens) in the map, counted row by row, -1 where there is no token.
-        batch, pixels: images, and tokens of a map.
+        batch, width: images, and of a map.
         kinds: of windows, which lie together; groups count the images of a window one after another.
     """
 
-    def __init__(self, places: torch.Tensor, batch: int, pixels: int, kinds: list[Kind]) -> None:
+    def __init__(self, places: torch.Tensor, batch: int, width: int, kinds: list[Kind]) -> None:
         self.kinds = kinds
-        self.n_tokens = places.shape[1]
-        first = pixels * torch.arange(batch, device=places.device).view(-1, 1)
-        places = torch.where(places.unsqueeze(1) < 0, -1, places.unsqueeze(1) + first).flatten()
-        self.source = places.clamp(min=0)
-        self.missing = (places < 0).nonzero().squeeze(1)
-        existing = (places >= 0).nonzero().squeeze(1)
-        self.target = existing[places[existing].argsort()]
+        self.places, self.batch, self.width = places, batch, width
+        self.missing = (places < 0).nonzero(as_tuple=True)
+        self.sources: dict[tuple[int, ...], torch.Tensor] = {}
+        self.targets: dict[int, torch.Tensor] = {}
 
     def take(self, x: torch.Tensor) -> torch.Tensor:
         """(windows x B, heads, tokens, D) of a map (B, height, width, heads, D)."""
-        tokens = x.flatten(0, 2).index_select(0, self.source)
-        if len(self.missing):
-            tokens.index_fill_(0, self.missing, 0)
-        return tokens.unflatten(0, (-1, self.n_tokens)).transpose(1, 2)
+        heads, dim = x.shape[3:]
+        if x.stride(4) != 1 or any(stride % dim for stride in x.stride()[:4]):
+            x = x.contiguous()
+        strides = tuple(stride // dim for stride in x.stride()[:4])
+        n_rows = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, strides, strict=False))
+        key = (heads, *strides)
+        if key not in self.sources:
+            self.sources[key] = self._source(heads, *strides)
+        rows = x.as_strided((n_rows, dim), (dim, 1)).index_select(0, self.sources[key])
+        if len(self.missing[0]):
+            windows, tokens = self.missing
+            rows.view(len(self.places), self.batch * heads, -1, dim).transpose(1, 2)[windows, tokens] = 0
+        return rows.view(-1, heads, self.places.shape[1], dim)
+
+    def _source(self, heads: int, *strides: int) -> torch.Tensor:
+        """Which row each of the windows' is; of a token that is not there, any."""
+        image, line, column, head = strides
+        places = self.places.clamp(min=0)
+        places = (places // self.width) * line + places % self.width * column
+        images = image * torch.arange(self.batch, device=places.device).view(-1, 1, 1)
+        return (places[:, None, None] + images + head * torch.arange(heads, device=places.device)[:, None]).flatten()
+
+    def weights(self, kept: torch.Tensor) -> torch.Tensor:
+        """(windows x B, heads, tokens, tokens) of what ``weights_empty`` returned, whose last windows may be empty."""
+        return kept.transpose(0, 1).flatten(0, 1)
 
     def put(self, x: torch.Tensor | None, values: list[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
         """A new map of what each kind has, whose axes lie in the order of another's."""
-        windows = (
-            values[0] if len(values) == 1 else torch.cat([part.transpose(1, 2) for part in values]).transpose(1, 2)
-        )
-        tokens = windows.transpose(1, 2).flatten(0, 1).index_select(0, self.target)
-        return in_order(tokens.unflatten(0, like.shape[:3]), like)
+        windows = values[0] if len(values) == 1 else torch.cat(values)
+        heads = windows.shape[1]
+        if heads not in self.targets:
+            self.targets[heads] = self._target(heads)
+        rows = windows.flatten(0, 2).index_select(0, self.targets[heads])
+        return in_order(rows.view(*like.shape[:4], -1), like)
+
+    def _target(self, heads: int) -> torch.Tensor:
+        """Which of the windows' rows each of the map's is."""
+        windows, tokens = (self.places >= 0).nonzero(as_tuple=True)
+        order = self.places[windows, tokens].argsort()
+        windows, tokens = windows[order].unsqueeze(1), tokens[order].unsqueeze(1)
+        images = torch.arange(self.batch, device=order.device).view(-1, 1, 1)
+        groups = windows * self.batch + images
+        return ((groups * heads + torch.arange(heads, device=order.device)) * self.places.shape[1] + tokens).flatten()
 
 
 def group_attention_forward(
@@ -111,8 +145,9 @@ def group_attention_forward(
     """The forward, with the arguments of the kernels' launcher.
 
     Returns:
-        out; and lse (B, height, width, heads) where a backward will follow PyTorch's fused forward, or for
-        "criss_cross" (2, B, height, width, heads), that of rows and that of both; else empty, (0,).
+        out; and what the backward reads: for "criss_cross" lse (2, B, height, width, heads), that of rows and that of
+        both; else the weights (B, groups, heads, tokens, tokens) of short groups, or lse (B, height, width, heads)
+        where PyTorch's fused attention did the forward; else nothing, (0,).
     """
     geometry = (window, shift, dilation, span, mask)
     options = (scale, dropout_p)
@@ -125,13 +160,44 @@ def group_attention_forward(
         row.mul_((row_lse - lse).exp_().unsqueeze(-1).to(row.dtype))
         row.addcmul_(column, (column_lse - lse).exp_().unsqueeze(-1).to(column.dtype))
         return row, torch.stack([row_lse, lse])
-    wants_lse = keep and keeps_lse(q, v, dropout_p)
+    if _is_short(q, layout, window, dropout_p):
+        weights = None
+        if keep and keeps_weights(q, layout, window, dropout_p):
+            weights = weights_empty(q, layout, window, dilation)
+        out = _short_forward(q, k, v, _pair_bias(bias, table, layout, q, window), layout, geometry, scale, weights)
+        return out, q.new_empty(0) if weights is None else weights
+    wants_lse = keep and keeps_lse(q, v, layout, window, dropout_p)
     return _forward(q, k, v, bias, table, rng, layout, geometry, *options, wants_lse)
 
 
-def keeps_lse(q: torch.Tensor, v: torch.Tensor, dropout_p: float) -> bool:
+def _is_short(q: torch.Tensor, layout: str, window: Sequence[int], dropout_p: float) -> bool:
+    return dropout_p == 0 and streaming.is_short(q, _tokens(q, layout, window))
+
+
+def keeps_weights(q: torch.Tensor, layout: str, window: Sequence[int], dropout_p: float) -> bool:
+    """Whether the forward keeps the weights for the backward."""
+    return _tokens(q, layout, window) <= KEPT_TOKENS and _is_short(q, layout, window, dropout_p)
+
+
+def keeps_lse(q: torch.Tensor, v: torch.Tensor, layout: str, window: Sequence[int], dropout_p: float) -> bool:
     """Whether PyTorch's fused attention does the forward, whose backward wants lse."""
-    return streaming.fused_fits(q, v, None, None, None, False, dropout_p)
+    fits = streaming.fused_fits(q, v, None, None, None, False, dropout_p)
+    return fits and not streaming.is_short(q, _tokens(q, layout, window))
+
+
+def weights_empty(q: torch.Tensor, layout: str, window: Sequence[int], dilation: Sequence[int]) -> torch.Tensor:
+    """Room for the weights (B, groups, heads, tokens, tokens), in memory as they are computed."""
+    batch, height, width, heads, _ = q.shape
+    tokens = _tokens(q, layout, window)
+    if layout == "window":
+        groups = group_count(height, width, window, dilation)
+        return q.new_empty(groups, batch, heads, tokens, tokens).transpose(0, 1)
+    return q.new_empty(batch, height if layout == "row" else width, heads, tokens, tokens)
+
+
+def _tokens(q: torch.Tensor, layout: str, window: Sequence[int]) -> int:
+    height, width = group_window(layout, q.shape[1], q.shape[2], window)
+    return height * width
 
 
 def _forward(
@@ -171,7 +237,7 @@ def group_attention_backward(
     column_table: torch.Tensor | None,
     rng: torch.Tensor | None,
     out: torch.Tensor | None,
-    lse: torch.Tensor | None,
+    kept: torch.Tensor | None,
     layout: str,
     window: Sequence[int],
     shift: Sequence[int],
@@ -188,18 +254,25 @@ def group_attention_backward(
     """The backward, with the arguments and results of the kernels' launcher."""
     geometry = (window, shift, dilation, span, mask)
     options = (scale, dropout_p, needs_dq, needs_dkv)
-    assert out is not None
     if layout != "criss_cross":
         pairs_wanted = (bias is not None and needs_dbias) or (table is not None and needs_dtables)
-        dq, dk, dv, pairs = _backward(
-            dout, q, k, v, bias, table, rng, out, lse, layout, geometry, *options, pairs_wanted
-        )
+        if _is_short(q, layout, window, dropout_p):
+            dense = _pair_bias(bias, table, layout, q, window)
+            dq, dk, dv, pairs = _short_backward(
+                dout, q, k, v, dense, kept, layout, geometry, scale, needs_dq, needs_dkv, pairs_wanted
+            )
+        else:
+            assert out is not None
+            dq, dk, dv, pairs = _backward(
+                dout, q, k, v, bias, table, rng, out, kept, layout, geometry, *options, pairs_wanted
+            )
         dtable = _table_gradient(pairs, table if needs_dtables else None, layout, q, window)
         dbias = pairs.to(bias.dtype) if bias is not None and needs_dbias else q.new_empty(0)
         return dq, dk, dv, dbias, dtable, q.new_empty(0)
-    assert lse is not None
-    fused = keeps_lse(q, v, dropout_p)
-    row_lse, both = lse
+    assert out is not None
+    assert kept is not None
+    fused = streaming.fused_fits(q, v, None, None, None, False, dropout_p)
+    row_lse, both = kept
     share = (row_lse - both).exp_().unsqueeze(-1).to(dout.dtype)
     grads, dtables = [], []
     for axis, axis_table, part in (("row", table, share), ("column", column_table, 1 - share)):
@@ -218,7 +291,7 @@ def group_attention_backward(
 
 def _backward(
     dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None,
-    table: torch.Tensor | None, rng: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor | None,
+    table: torch.Tensor | None, rng: torch.Tensor | None, out: torch.Tensor, kept: torch.Tensor | None,
     layout: str, geometry: tuple, scale: float, dropout_p: float, needs_dq: bool, needs_dkv: bool, pairs_wanted: bool,
     no_centre: bool = False, is_joint: bool = False,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
@@ -229,16 +302,16 @@ def _backward(
     needs = (needs_dq, needs_dkv, needs_dkv)
     dense = _pair_bias(bias, table, layout, q, geometry[0])
     pairs = nothing if dense is None or not pairs_wanted else torch.zeros_like(dense, dtype=acc_dtype)
-    by_lse = lse is not None and lse.numel() > 0
-    kept = [out] if by_lse or is_joint else []
-    if by_lse and lse is not None:
-        kept.append(lse.unsqueeze(-1))
-    for groups in _groups((q, k, v, dout, out), layout, geometry, no_centre):
-        taken = [groups.take(x) for x in (dout, q, k, v, *kept)]
+    by_lse = kept is not None and kept.dim() == 4
+    also_read = [out] if by_lse or is_joint else []
+    if by_lse and kept is not None:
+        also_read.append(kept.unsqueeze(-1))
+    for groups in _groups((q, k, v), layout, geometry, no_centre):  # as in the forward, for dropout's sake
+        taken = [groups.take(x) for x in (dout, q, k, v, *also_read)]
         results = []
         for kind in groups.kinds:
-            dout_part, q_part, k_part, v_part, *kept_parts = (x[kind.groups] for x in taken)
-            out_part, lse_part = (*kept_parts, nothing, nothing)[:2]
+            dout_part, q_part, k_part, v_part, *also_parts = (x[kind.groups] for x in taken)
+            out_part, lse_part = (*also_parts, nothing, nothing)[:2]
             *grads, dpairs, _ = streaming.softmax_attention_backward(
                 dout_part, None, q_part, k_part, v_part, _added(kind, dense, acc_dtype), None, None,
                 _kind_rng(rng, layout, kind), out_part, lse_part.squeeze(-1).contiguous() if by_lse else nothing,
@@ -254,6 +327,39 @@ def _backward(
     return *(like.new_empty(0) if x is None else x for x, like in zip(maps, (q, k, v), strict=True)), pairs
 
 
+def _short_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dense: torch.Tensor | None, layout: str, geometry: tuple,
+    scale: float, weights: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
+    """The forward of short groups, all kinds at once; ``weights`` is what ``weights_empty`` returned, or None."""
+    (groups,) = _groups((q, k, v), layout, geometry)
+    kept = None if weights is None else groups.weights(weights)
+    q_groups, k_groups, v_groups = (groups.take(x) for x in (q, k, v))
+    out = streaming.short_forward(q_groups, k_groups, v_groups, _as_bias(dense, q), scale, _parts(groups, q), kept)
+    return groups.put(None, [out], q)
+
+
+def _short_backward(
+    dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dense: torch.Tensor | None,
+    kept: torch.Tensor | None, layout: str, geometry: tuple, scale: float, needs_dq: bool, needs_dkv: bool,
+    pairs_wanted: bool,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    """What ``_backward`` returns, of short groups."""
+    (groups,) = _groups((q, k, v), layout, geometry)
+    weights = None if kept is None or kept.dim() != 5 else groups.weights(kept)
+    dout_groups, q_groups, k_groups, v_groups = (groups.take(x) for x in (dout, q, k, v))
+    grads, pairs = streaming.short_backward(
+        dout_groups, q_groups, k_groups, v_groups, _as_bias(dense, q), scale, needs_dq, needs_dkv, pairs_wanted,
+        _parts(groups, q), weights,
+    )  # fmt: skip
+    needs = (needs_dq, needs_dkv, needs_dkv)
+    maps = (
+        groups.put(None, [grad], like) if needed else like.new_empty(0)
+        for grad, like, needed in zip(grads, (q, k, v), needs, strict=True)
+    )
+    return *maps, q.new_empty(0) if pairs is None else pairs.squeeze(0)
+
+
 def _pair_bias(
     bias: torch.Tensor | None, table: torch.Tensor | None, layout: str, q: torch.Tensor, window: Sequence[int]
 ) -> torch.Tensor | None:
@@ -262,6 +368,16 @@ def _pair_bias(
         return bias
     height, width = group_window(layout, q.shape[1], q.shape[2], window)
     return streaming.dense_table(table, height, width, slice(0, height * width))
+
+
+def _as_bias(dense: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor | None:
+    return None if dense is None else dense.to(q.dtype).unsqueeze(0)
+
+
+def _parts(groups: Lines | Windows, q: torch.Tensor) -> streaming.Parts:
+    """What is added to the logits of some kinds of groups, besides a bias of all."""
+    added = ((kind.groups, _added(kind, None, q.dtype)) for kind in groups.kinds)
+    return [(part, extra) for part, extra in added if extra is not None]
 
 
 def _added(kind: Kind, dense: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
@@ -300,11 +416,13 @@ def _groups(
     hidden = far_pairs((width if layout == "row" else height), span, no_centre, device)
     axis = 1 if layout == "row" else 2
     merges = all(x.stride(0) == x.stride(axis) * x.shape[axis] for x in tensors)
-    images = [slice(0, batch)] if merges or batch == 1 else [slice(b, b + 1) for b in range(batch)]
-    return [Lines(number, one, layout, hidden) for number, one in enumerate(images)]
+    short = streaming.is_short(tensors[0], _tokens(tensors[0], layout, window))  # those are copied anyway
+    images = [slice(0, batch)] if merges or short or batch == 1 else [slice(b, b + 1) for b in range(batch)]
+    lines = height if layout == "row" else width
+    return [Lines(number, one, layout, (one.stop - one.start) * lines, hidden) for number, one in enumerate(images)]
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)
 def _windows(
     batch: int, height: int, width: int, window: tuple[int, int], shift: tuple[int, int], dilation: tuple[int, int],
     span: int, mask: str, device: torch.device,
@@ -327,4 +445,4 @@ def _windows(
         groups = slice(start, start + count * batch)
         kinds.append(Kind(number, groups, hidden if hidden.any() else None, added))
         start = groups.stop
-    return Windows(places[kind_of.argsort(stable=True)], batch, height * width, kinds)
+    return Windows(places[kind_of.argsort(stable=True)], batch, width, kinds)

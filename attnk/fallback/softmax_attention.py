@@ -1,11 +1,11 @@
 """Softmax attention in plain PyTorch: its own fused attention where that fits, blocks of logits elsewhere.
 
 PyTorch's fused attention on the CPU has no gradient for a bias, no bias table, no dropout, and wants values as wide as
-keys. For those, logits are formed in blocks of queries by all keys that stay in the cache, softmax and all, and once
-more in the backward.
+keys; with few keys it is slower than products and a softmax. For those, logits are formed in blocks of queries by all
+keys that stay in the cache, softmax and all, and once more in the backward, unless the caller kept the weights.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +16,13 @@ from attnk.memory import empty_in_order, in_order
 # logits at once: on the CPU as many as a core's cache holds, elsewhere as many as make 32 MiB
 CPU_BLOCK_ELEMENTS = 2**19
 BLOCK_ELEMENTS = 2**23
+SHORT = 100  # up to so many queries and keys, products and a softmax are faster than PyTorch's fused attention
+SHORT_BLOCK_ELEMENTS = 2**18  # logits at once there: measured best of 2**15 ... 2**20
 DENSE_TABLE_ELEMENTS = 2**22  # a bias table for no more pairs than these becomes a bias
 NEVER_A_LOGIT = -1e30  # below it, lse has lost the logarithm of the sum
 
 Slices = tuple[slice, slice, slice]
+Parts = Sequence[tuple[slice, torch.Tensor]]
 
 
 def sdpa(
@@ -56,11 +59,16 @@ def fused_fits(
     is_causal: bool,
     dropout_p: float,
 ) -> bool:
-    """Whether PyTorch's fused attention on the CPU computes this forward."""
+    """Whether PyTorch's fused attention on the CPU can compute this forward."""
     extras = (bias is not None) + (mask is not None) + (table is not None) + is_causal
     if table is not None and not _is_small(table, q):
         return False
     return q.device.type == "cpu" and dropout_p == 0 and q.shape[-1] == v.shape[-1] and extras <= 1
+
+
+def is_short(q: torch.Tensor, tokens: int) -> bool:
+    """Whether products and a softmax are faster than PyTorch's fused attention, which is good at 16 bits."""
+    return q.device.type == "cpu" and tokens <= SHORT and q.dtype in (torch.float32, torch.float64)
 
 
 def _is_small(table: torch.Tensor, q: torch.Tensor) -> bool:
@@ -102,6 +110,11 @@ def softmax_attention_forward(
     nothing = q.new_empty(0, dtype=acc_dtype)
     fused = fused_fits(q, v, bias, mask, table, is_causal, dropout_p)
     bias, table = _bias_and_table(bias, table, q, width)
+    plain = rng is None and mask is None and table is None and not is_causal and not wants_lse
+    if plain and is_short(q, max(q.shape[2], k.shape[2])):
+        out = short_forward(q, *_repeated(q, k, v), bias, scale)
+        unread = q.new_zeros(q.shape[:3] if fused and keep else 0, dtype=acc_dtype)  # sizes do not tell short from long
+        return in_order(out, q), nothing, unread, nothing.clone()
     if fused:
         q_unit, k, v = _fused_inputs(q, k, v)
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -164,6 +177,18 @@ def softmax_attention_backward(
     given_bias, given_table = bias, table
     fused = fused_fits(q, v, bias, mask, table, is_causal, dropout_p)
     bias, table = _bias_and_table(bias, table, q, width)
+    plain = rng is None and mask is None and table is None and not is_causal and dlse is None and not is_joint
+    if plain and is_short(q, max(q.shape[2], k.shape[2])):
+        found, pairs = short_backward(
+            dout, q, *_repeated(q, k, v), bias, scale, needs_dq, needs_dkv, needs_dbias or needs_dtable
+        )
+        heads = (q.shape[1], key_heads, key_heads)
+        dq, dk, dv = (
+            in_order(_ungrouped(grad, number), like) if grad.numel() else like.new_empty(0)
+            for grad, number, like in zip(found, heads, (q, k, v), strict=True)
+        )
+        wanted = (given_bias if needs_dbias else None, given_table if needs_dtable else None)
+        return dq, dk, dv, *_bias_gradients(pairs, *wanted, q, width)
     if (
         fused
         and row_max.numel()
@@ -240,17 +265,121 @@ def softmax_attention_backward(
             in_order(_ungrouped(grad, key_heads).to(q.dtype), like)
             for grad, like in ((dkeys, like_k), (dvalues, like_v))
         )
-    dbias, dtable_given = nothing[3], nothing[4]
-    if needs_dbias and given_bias is not None and pairs is not None:
-        dbias = pairs.sum_to_size(given_bias.shape).to(given_bias.dtype)
-    if needs_dtable and given_table is not None:
-        if table is None and pairs is not None:
-            dense = pairs.sum(0).expand(q.shape[1], q.shape[2], q.shape[2])
-            dtable_given = table_gradient(dense, (height, width))
-        else:  # windows were counted from key to query
-            dtable_given = dtable.flip(1, 2).flatten(1).t()
-        dtable_given = dtable_given.to(given_table.dtype).contiguous()
+    dbias, dtable_given = _bias_gradients(
+        pairs, given_bias if needs_dbias else None, given_table if needs_dtable and table is None else None, q, width
+    )
+    if needs_dtable and table is not None:  # windows were counted from key to query
+        dtable_given = dtable.flip(1, 2).flatten(1).t().to(table.dtype).contiguous()
     return dq, dkeys, dvalues, dbias, dtable_given
+
+
+def _bias_gradients(
+    pairs: torch.Tensor | None, bias: torch.Tensor | None, table: torch.Tensor | None, q: torch.Tensor, width: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of a bias and of a bias table from that of what both add to the logits; empty for None."""
+    if pairs is None:
+        return q.new_empty(0), q.new_empty(0)
+    dbias = q.new_empty(0) if bias is None else pairs.sum_to_size(bias.shape).to(bias.dtype)
+    if table is None:
+        return dbias, q.new_empty(0)
+    dense = pairs.sum(0).expand(q.shape[1], q.shape[2], q.shape[2])
+    return dbias, table_gradient(dense, (q.shape[2] // width, width)).to(table.dtype).contiguous()
+
+
+def short_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, scale: float,
+    parts: Parts = (), weights: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """Attention of few queries and keys: two products and a softmax for each block of the batch.
+
+    Args:
+        q, k, v: (B, heads, Nq, D), (B, heads, Nk, D), (B, heads, Nk, Dv), float32 or float64.
+        bias: broadcasts to (B, heads, Nq, Nk), or None.
+        scale: of the logits.
+        parts: what is added to the logits of parts of the batch alone, (1, 1 or heads, Nq, Nk) each.
+        weights: contiguous (B, heads, Nq, Nk), where to leave the weights; None to forget them.
+
+    Returns:
+        (B, heads, Nq, Dv), contiguous.
+    """
+    out = q.new_empty(*q.shape[:3], v.shape[3])
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    extras = (bias, parts, _has_minus_infinity(bias))
+    for block in _short_blocks(q, k):
+        found = _short_weights(q, k, scale, block, *extras, None if weights is None else weights[block])
+        torch.bmm(found.flatten(0, 1), v[block].flatten(0, 1), out=out[block].flatten(0, 1))
+    return out
+
+
+def short_backward(
+    dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, scale: float,
+    needs_dq: bool, needs_dkv: bool, needs_dbias: bool, parts: Parts = (), weights: torch.Tensor | None = None,
+) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor | None]:  # fmt: skip
+    """The gradients of ``short_forward``; where no weights were left, they are computed once more.
+
+    Returns:
+        dq, dk and dv, contiguous, empty where not wanted; and that of the bias, in its shape, or None.
+    """
+    dout, q, k, v = (x.contiguous() for x in (dout, q, k, v))
+    needs = (needs_dq, needs_dkv, needs_dkv)
+    dq, dk, dv = (torch.empty_like(x) if needed else x.new_empty(0) for x, needed in zip((q, k, v), needs, strict=True))
+    dbias = torch.zeros_like(bias, dtype=q.dtype) if bias is not None and needs_dbias else None
+    nothing = q.new_empty(1, 1, 1)
+    extras = (bias, parts, weights is None and _has_minus_infinity(bias))
+    for block in _short_blocks(q, k):
+        found = _short_weights(q, k, scale, block, *extras) if weights is None else weights[block]
+        flat, gradient = found.flatten(0, 1), dout[block].flatten(0, 1)
+        if needs_dkv:
+            torch.bmm(flat.mT, gradient, out=dv[block].flatten(0, 1))
+        dlogits = torch.bmm(gradient, v[block].flatten(0, 1).mT)
+        torch.ops.aten._softmax_backward_data.out(dlogits, flat, -1, q.dtype, grad_input=dlogits)
+        if dbias is not None:
+            part = _of_batch(dbias, block)
+            part += dlogits.view(found.shape).sum_to_size(part.shape)
+        if needs_dq:
+            keys = k[block].flatten(0, 1)
+            torch.baddbmm(nothing, dlogits, keys, beta=0, alpha=scale, out=dq[block].flatten(0, 1))
+        if needs_dkv:
+            queries = q[block].flatten(0, 1)
+            torch.baddbmm(nothing, dlogits.mT, queries, beta=0, alpha=scale, out=dk[block].flatten(0, 1))
+    return (dq, dk, dv), dbias
+
+
+def _short_blocks(q: torch.Tensor, k: torch.Tensor) -> Iterator[slice]:
+    """Slices of the batch."""
+    batch, heads, n_queries, _ = q.shape
+    size = _even_part(batch, SHORT_BLOCK_ELEMENTS // (heads * n_queries * k.shape[2]))
+    for start in range(0, batch, size):
+        yield slice(start, min(start + size, batch))
+
+
+def _of_batch(bias: torch.Tensor, block: slice) -> torch.Tensor:
+    return bias if bias.shape[0] == 1 else bias[block]
+
+
+def _has_minus_infinity(bias: torch.Tensor | None) -> bool:
+    return bias is not None and bool(bias.amin() == -torch.inf)
+
+
+def _short_weights(
+    q: torch.Tensor, k: torch.Tensor, scale: float, block: slice, bias: torch.Tensor | None, parts: Parts, hides: bool,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """The softmax of a block's logits, into a tensor if one is given; with ``hides``, 0 where a query sees no key."""
+    q, k = q[block], k[block]
+    if out is None:
+        out = q.new_empty(*q.shape[:3], k.shape[2])
+    flat = out.flatten(0, 1)
+    torch.baddbmm(q.new_empty(1, 1, 1), q.flatten(0, 1), k.flatten(0, 1).mT, beta=0, alpha=scale, out=flat)
+    if bias is not None:
+        out.add_(_of_batch(bias, block))
+    for part, added in parts:
+        first, last = max(part.start, block.start), min(part.stop, block.stop)
+        if first < last:
+            out[first - block.start : last - block.start].add_(added)
+    unseeing = out.amax(-1, keepdim=True) == -torch.inf if hides else None
+    torch.softmax(flat, -1, out=flat)
+    return out if unseeing is None else out.masked_fill_(unseeing, 0)
 
 
 def _fused_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

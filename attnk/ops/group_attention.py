@@ -551,11 +551,11 @@ _OPTIONS = (
 )
 _library.define(
     "group_attention_forward(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? table, Tensor? column_table,"
-    f" Tensor? rng, {_OPTIONS}, bool keep, str backend) -> (Tensor out, Tensor lse)"
+    f" Tensor? rng, {_OPTIONS}, bool keep, str backend) -> (Tensor out, Tensor kept)"
 )
 _library.define(
     "group_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? table,"
-    f" Tensor? column_table, Tensor? rng, Tensor? out, Tensor? lse, {_OPTIONS}, bool needs_dq, bool needs_dkv,"
+    f" Tensor? column_table, Tensor? rng, Tensor? out, Tensor? kept, {_OPTIONS}, bool needs_dq, bool needs_dkv,"
     " bool needs_dbias, bool needs_dtables, str backend)"
     " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dtable, Tensor dcolumn_table)"
 )
@@ -579,13 +579,15 @@ def _forward_fake(
     window: Any, shift: Any, dilation: Any, span: Any, mask: str, scale: float, dropout_p: float, keep: bool,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    out = empty_in_order(q, (*q.shape[:4], v.shape[4]))
+    if backend == "torch" and layout != "criss_cross" and keep and fallback.keeps_weights(q, layout, window, dropout_p):
+        return out, fallback.weights_empty(q, layout, window, dilation)
     sizes = [*q.shape[:4]]
     if layout == "criss_cross":
         sizes = [2, *sizes] if backend == "torch" else sizes
-    elif backend != "torch" or not keep or not fallback.keeps_lse(q, v, dropout_p):
+    elif backend != "torch" or not keep or not fallback.keeps_lse(q, v, layout, window, dropout_p):
         sizes = [0]
-    lse = q.new_empty(sizes, dtype=torch.promote_types(q.dtype, torch.float32))
-    return empty_in_order(q, (*q.shape[:4], v.shape[4])), lse
+    return out, q.new_empty(sizes, dtype=torch.promote_types(q.dtype, torch.float32))
 
 
 def _backward(dout: torch.Tensor, *args: Any) -> tuple[torch.Tensor, ...]:
@@ -650,9 +652,13 @@ N_TENSORS, N_OPTIONS = 7, 8
 
 
 def _save(ctx: Any, inputs: Sequence[Any], token: torch.Tensor, kept: Sequence[torch.Tensor]) -> None:
-    out, lse = kept
-    saves_out = inputs[7] == "criss_cross" or inputs[-1] == "torch"
-    ctx.save_for_backward(token, *inputs[:N_TENSORS], *((out, lse) if saves_out else (None, None)))
+    out, read = kept
+    layout, backend = inputs[N_TENSORS], inputs[-1]
+    reads = layout == "criss_cross" or backend == "torch"
+    has_weights = layout != "criss_cross" and read.dim() == 5  # instead of lse
+    ctx.save_for_backward(
+        token, *inputs[:N_TENSORS], out if reads and not has_weights else None, read if reads else None
+    )
     ctx.options = inputs[N_TENSORS:]
     ctx.set_materialize_grads(False)
 
@@ -703,9 +709,9 @@ class GroupAttentionTransformFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
-        out, lse, token = output
-        ctx.mark_non_differentiable(lse)
-        _save(ctx, inputs, token, (out, lse))
+        out, kept, token = output
+        ctx.mark_non_differentiable(kept)
+        _save(ctx, inputs, token, (out, kept))
 
     @staticmethod
     def backward(ctx: Any, dout: torch.Tensor | None, *unused: Any) -> Any:

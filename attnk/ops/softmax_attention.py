@@ -343,7 +343,10 @@ def _is_for_sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.
     """Whether PyTorch's own operation does a plain call well: on the CPU where it is fused, and without a gradient."""
     if q.device.type != "cpu" or torch.jit.is_tracing():
         return True
-    return not _needs_grad(q, k, v) and fallback.fused_fits(q, v, None, mask, None, is_causal, 0.0)
+    if _needs_grad(q, k, v) or not fallback.fused_fits(q, v, None, mask, None, is_causal, 0.0):
+        return False
+    # a program compiled or exported for any number of tokens is not to ask how many there are
+    return torch.compiler.is_compiling() or not fallback.is_short(q, max(q.shape[2], k.shape[2]))
 
 
 def _needs_grad(*tensors: torch.Tensor | None) -> bool:
