@@ -109,9 +109,10 @@ start = time.perf_counter()
 import attnk
 print(1e3 * (time.perf_counter() - start))
 """
-    times = [float(run(code)) for _ in range(3)]
+    environment = {"PYTHONDONTWRITEBYTECODE": ""}  # as after an installation
+    times = [float(run(code, **environment)) for _ in range(4)][1:]
     if statistics.median(times) > LIMIT_MS:  # a busy machine: the fastest of more is what attnk itself costs
-        times += [float(run(code)) for _ in range(6)]
+        times += [float(run(code, **environment)) for _ in range(6)]
     assert min(statistics.median(times), 2 * min(times)) < LIMIT_MS, times
 
 
