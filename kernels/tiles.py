@@ -1,4 +1,4 @@
-"""Jit helpers that several kernel files use unchanged: addressing a feature map in tiles, and NaN-keeping maxima.
+"""Helpers that several kernel files use unchanged: addressing a feature map in tiles, and NaN-keeping maxima.
 
 A feature map is read in tiles of one layout: ``[channels, pixels]`` when whole planes lie together (NCHW) and
 ``[pixels, channels]`` in channels_last (NHWC). The *inner* axis is the contiguous one. Inner size and strides come
@@ -6,8 +6,23 @@ divided by ALIGN, the largest power of two up to 16 that divides them all: multi
 prove alignment, which it otherwise does for multiples of 16 only (14 x 14 pixels would fall to 2-byte loads).
 """
 
+import torch
 import triton
 import triton.language as tl
+
+
+def addressable(x: torch.Tensor, channels_last: bool) -> tuple[torch.Tensor, tuple[int, int]]:
+    """A (B, C, H, W) tensor and its (batch, outer) strides; a copy where the pixels of a plane do not lie in a row."""
+    _, channels, height, width = x.shape
+    stride_b, stride_c, stride_h, stride_w = x.stride()
+    if channels_last:
+        if (stride_c == 1 or channels == 1) and (stride_h == width * stride_w or height == 1):
+            return x, (stride_b, stride_h if width == 1 else stride_w)
+        x = x.contiguous(memory_format=torch.channels_last)
+        return x, (channels * height * width, channels)
+    if (stride_w == 1 or width == 1) and (stride_h == width or height == 1):
+        return x, (stride_b, stride_c)
+    return x.contiguous(), (channels * height * width, height * width)
 
 
 @triton.jit

@@ -95,6 +95,154 @@ def spatial_gate_config(arch: str, *, itemsize: int, pixels: int, channels_last:
     raise LookupError(f"no row of SPATIAL_GATE_TABLE[{arch!r}] fits: {itemsize=} {pixels=} {channels_last=}")
 
 
+# The channel gate's programs: how many share the pixels of a plane is what it takes to have this many.
+CHANNEL_GATE_PROGRAMS = 1024  # untuned
+CHANNEL_GATE_SLAB_PIXELS = 256  # untuned; of a plane, that a program has at least if others share it
+CHANNEL_GATE_SUM_BLOCK = 256  # untuned; planes a program, where partial results are added
+
+
+@dataclass(frozen=True)
+class ChannelGateConfig:
+    """How the channel gate's kernels are cut up.
+
+    Attributes:
+        block_p: pixels a step.
+        block_c: channels a program.
+        num_warps: warps a program.
+        num_stages: steps whose loads are in flight at once.
+    """
+
+    block_p: int
+    block_c: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class ChannelGateRow:
+    """One row: the calls it fits, and their configuration.
+
+    Attributes:
+        channels_last: the layout it is for.
+        itemsize: bytes an element, at most.
+        min_pixels: height x width, at least.
+        config: the configuration.
+    """
+
+    channels_last: bool
+    itemsize: int
+    min_pixels: int
+    config: ChannelGateConfig
+
+
+CHANNEL_GATE_TABLE: dict[str, tuple[ChannelGateRow, ...]] = {
+    "default": (
+        ChannelGateRow(False, 2, 1024, ChannelGateConfig(block_p=256, block_c=2, num_warps=2, num_stages=2)),  # untuned
+        ChannelGateRow(False, 2, 128, ChannelGateConfig(block_p=256, block_c=4, num_warps=4, num_stages=1)),  # untuned
+        ChannelGateRow(False, 2, 0, ChannelGateConfig(block_p=64, block_c=16, num_warps=4, num_stages=1)),  # untuned
+        ChannelGateRow(False, 8, 1024, ChannelGateConfig(block_p=512, block_c=1, num_warps=4, num_stages=2)),  # untuned
+        ChannelGateRow(False, 8, 128, ChannelGateConfig(block_p=256, block_c=2, num_warps=4, num_stages=1)),  # untuned
+        ChannelGateRow(False, 8, 0, ChannelGateConfig(block_p=64, block_c=8, num_warps=4, num_stages=1)),  # untuned
+        ChannelGateRow(True, 2, 0, ChannelGateConfig(block_p=16, block_c=64, num_warps=4, num_stages=2)),  # untuned
+        ChannelGateRow(True, 8, 0, ChannelGateConfig(block_p=16, block_c=32, num_warps=4, num_stages=2)),  # untuned
+    ),
+}
+
+
+def channel_gate_config(arch: str, *, itemsize: int, pixels: int, channels_last: bool) -> ChannelGateConfig:
+    """The configuration of one call: the first row that fits, of the architecture's and then of the default ones."""
+    for row in (*CHANNEL_GATE_TABLE.get(arch, ()), *CHANNEL_GATE_TABLE["default"]):
+        if row.channels_last == channels_last and itemsize <= row.itemsize and pixels >= row.min_pixels:
+            return row.config
+    raise LookupError(f"no row of CHANNEL_GATE_TABLE[{arch!r}] fits: {itemsize=} {pixels=} {channels_last=}")
+
+
+# The coordinate gate's programs: a map is cut into slabs of rows until there are this many.
+COORDINATE_GATE_PROGRAMS = 1024  # untuned
+COORDINATE_GATE_SUM_BLOCK = 1024  # untuned; numbers a program, where parts are added
+COORDINATE_GATE_SHARE = 32  # untuned; numbers a thread, at most; half as many with sums, and where rows are not aligned
+
+
+@dataclass(frozen=True)
+class CoordinateGateConfig:
+    """How the coordinate gate's kernels are cut up.
+
+    Attributes:
+        tile: numbers of the map a step, or as many as the threads can hold: whole rows or at least as much of them as
+            that, then rows, then channels.
+        block_c: in channels_last, channels a program; fewer where a thread cannot hold its share of the tile.
+        slab: rows a program that sums columns, at least.
+        num_warps: warps a program.
+    """
+
+    tile: int
+    block_c: int
+    slab: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class CoordinateGateRow:
+    """One row: the calls it fits, and their configuration.
+
+    Attributes:
+        channels_last: the layout it is for.
+        itemsize: bytes an element, at most.
+        config: the configuration.
+    """
+
+    channels_last: bool
+    itemsize: int
+    config: CoordinateGateConfig
+
+
+COORDINATE_GATE_TABLE: dict[str, tuple[CoordinateGateRow, ...]] = {
+    "default": (
+        CoordinateGateRow(False, 2, CoordinateGateConfig(tile=4096, block_c=1, slab=64, num_warps=4)),  # untuned
+        CoordinateGateRow(False, 4, CoordinateGateConfig(tile=2048, block_c=1, slab=64, num_warps=4)),  # untuned
+        CoordinateGateRow(False, 8, CoordinateGateConfig(tile=1024, block_c=1, slab=64, num_warps=4)),  # untuned
+        CoordinateGateRow(True, 2, CoordinateGateConfig(tile=4096, block_c=64, slab=32, num_warps=4)),  # untuned
+        CoordinateGateRow(True, 4, CoordinateGateConfig(tile=2048, block_c=32, slab=32, num_warps=4)),  # untuned
+        CoordinateGateRow(True, 8, CoordinateGateConfig(tile=1024, block_c=16, slab=32, num_warps=4)),  # untuned
+    ),
+}
+
+
+def coordinate_gate_config(arch: str, *, itemsize: int, channels_last: bool) -> CoordinateGateConfig:
+    """The configuration of one call: the first row that fits, of the architecture's and then of the default ones."""
+    for row in (*COORDINATE_GATE_TABLE.get(arch, ()), *COORDINATE_GATE_TABLE["default"]):
+        if row.channels_last == channels_last and itemsize <= row.itemsize:
+            return row.config
+    raise LookupError(f"no row of COORDINATE_GATE_TABLE[{arch!r}] fits: {itemsize=} {channels_last=}")
+
+
+# CBAM's sum of partial results for the channel gate: of so many channels a program, and so many parts a step.
+CBAM_SUM_BLOCK = 64  # untuned
+CBAM_SUM_ROWS = 8  # untuned
+
+# Every program leaves one number a channel, so that its pixels must be many beside the bytes of an element.
+CBAM_TABLE: dict[str, tuple[SpatialGateRow, ...]] = {
+    "default": (
+        SpatialGateRow(False, 2, 512, SpatialGateConfig(block_p=128, block_c=32, num_warps=8, num_stages=1)),  # untuned
+        SpatialGateRow(False, 2, 0, SpatialGateConfig(block_p=64, block_c=32, num_warps=4, num_stages=1)),  # untuned
+        SpatialGateRow(False, 8, 512, SpatialGateConfig(block_p=128, block_c=16, num_warps=8, num_stages=1)),  # untuned
+        SpatialGateRow(False, 8, 0, SpatialGateConfig(block_p=64, block_c=16, num_warps=4, num_stages=1)),  # untuned
+        SpatialGateRow(True, 2, 512, SpatialGateConfig(block_p=128, block_c=32, num_warps=8, num_stages=1)),  # untuned
+        SpatialGateRow(True, 2, 0, SpatialGateConfig(block_p=32, block_c=128, num_warps=8, num_stages=1)),  # untuned
+        SpatialGateRow(True, 8, 512, SpatialGateConfig(block_p=128, block_c=32, num_warps=8, num_stages=1)),  # untuned
+        SpatialGateRow(True, 8, 0, SpatialGateConfig(block_p=32, block_c=32, num_warps=4, num_stages=1)),  # untuned
+    ),
+}
+
+
+def cbam_config(arch: str, *, itemsize: int, pixels: int, channels_last: bool) -> SpatialGateConfig:
+    """The configuration of one call: the first row that fits, of the architecture's and then of the default ones."""
+    for row in (*CBAM_TABLE.get(arch, ()), *CBAM_TABLE["default"]):
+        if row.channels_last == channels_last and itemsize <= row.itemsize and pixels >= row.min_pixels:
+            return row.config
+    raise LookupError(f"no row of CBAM_TABLE[{arch!r}] fits: {itemsize=} {pixels=} {channels_last=}")
+
+
 # Softmax attention's bias gradient: programs that share the sum over batch and heads, until there are this many.
 DBIAS_PROGRAMS = 1024  # untuned
 DBIAS_SCRATCH_BYTES = 64 * 2**20  # of logit gradients at once, on their way into a bias table

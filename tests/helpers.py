@@ -37,8 +37,13 @@ def pairwise(**axes: Any) -> list[Any]:
         _, case, covered = max(candidates, key=lambda candidate: candidate[0])
         missing -= covered
         chosen = {name: axis[i] for name, axis, i in zip(names, values, case, strict=True)}
-        cases.append(pytest.param(chosen, id="-".join(str(value).removeprefix("torch.") for value in chosen.values())))
+        cases.append(pytest.param(chosen, id="-".join(_word(value) for value in chosen.values())))
     return cases
+
+
+def _word(value: Any) -> str:
+    """A value in the name of a test, the same in every process."""
+    return str(getattr(value, "__name__", value)).removeprefix("torch.")
 
 
 def assert_same_bits(some: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> None:

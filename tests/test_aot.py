@@ -16,11 +16,17 @@ import torch
 
 pytest.importorskip("triton")
 
+from attnk.kernels import cbam as cbam_kernels
+from attnk.kernels import channel_gate as channel_kernels
+from attnk.kernels import coordinate_gate as coordinate_kernels
 from attnk.kernels import group_attention as groups
 from attnk.kernels import linear_attention as linear
 from attnk.kernels import softmax_attention as attention
 from attnk.kernels import spatial_gate as kernels
 from attnk.kernels.tuning import (
+    CBAM_TABLE,
+    CHANNEL_GATE_TABLE,
+    COORDINATE_GATE_TABLE,
     GROUP_ATTENTION_TABLE,
     LINEAR_ATTENTION_TABLE,
     SOFTMAX_ATTENTION_TABLE,
@@ -28,6 +34,9 @@ from attnk.kernels.tuning import (
     GroupAttentionConfig,
     LinearAttentionConfig,
     SoftmaxAttentionConfig,
+    cbam_config,
+    channel_gate_config,
+    coordinate_gate_config,
     group_attention_config,
     linear_attention_config,
     softmax_attention_config,
@@ -48,6 +57,7 @@ SIDES = (8, 16, 28, 56, 112, 224, 448)  # height and width, the contiguous sizes
 CHANNELS = 64
 MEASURED_STACK = {"sm_90": 704}  # bytes a thread, where rows of attention were chosen by the clock of a device
 OCCUPANCY_STACK = 16  # a few registers that ptxas gives up, far below the 255 there are, so that more programs fit
+GATE_REGISTERS = 128  # a thread of the channel gate, the coordinate gate and CBAM: 16 warps fit a multiprocessor
 
 
 def chosen_for(arch: str, number: int) -> dict[int, int]:
@@ -130,6 +140,12 @@ def check_resources(compiled: Compiled, stack: int = 0) -> None:
     assert compiled.spilled <= stack, f"{compiled.kernel}: {compiled.spilled} bytes of stack a thread"
     assert compiled.registers > 0
     assert compiled.shared <= limit, f"{compiled.kernel}: {compiled.shared} bytes of shared memory, limit {limit}"
+
+
+def check_registers(compiled: Compiled, itemsize: int) -> None:
+    """Enough warps fit to hide the time that memory takes; float64 is no main case."""
+    if compiled.architecture == "sm_90" and itemsize < 8:
+        assert compiled.registers <= GATE_REGISTERS, f"{compiled.kernel}: {compiled.registers} registers a thread"
 
 
 def check_loads(launch: Launch, compiled: Compiled, itemsize: int) -> None:
@@ -678,3 +694,249 @@ def test_criss_cross_does_not_write_what_it_reads():
     config = group_attention_config("sm_80", itemsize=2, tokens=14, head_dim=32, extras=0)
     second = group_launches(config, torch.float16, 14, 32, layout="criss_cross")[1].arguments
     assert second["other_ptr"].data_ptr() != second["lse_ptr"].data_ptr()
+
+
+# The channel gate
+
+
+def channel_chosen_for(number: int) -> dict[int, int]:
+    """A side for every item size with which the default table chooses this row."""
+    row = CHANNEL_GATE_TABLE["default"][number]
+    found: dict[int, int] = {}
+    for itemsize in DTYPES:
+        for side in SIDES:
+            config = channel_gate_config("default", itemsize=itemsize, pixels=side**2, channels_last=row.channels_last)
+            if config is row.config:
+                found.setdefault(itemsize, side)
+    return found
+
+
+CHANNEL_CASES = [
+    pytest.param(number, dtype, side, target, id=f"row{number}-{str(dtype)[len('torch.') :]}-{target}")
+    for number in range(len(CHANNEL_GATE_TABLE["default"]))
+    for itemsize, side in channel_chosen_for(number).items()
+    for dtype in DTYPES[itemsize]
+    for target in (TARGETS if dtype != torch.bfloat16 else ("sm_90",))
+]
+
+
+def channel_launches(
+    number: int, dtype: torch.dtype, side: int, ties: str = "first", needs_max: bool = True
+) -> list[Launch]:
+    """What a forward and a backward launch with the configuration of this row."""
+    row = CHANNEL_GATE_TABLE["default"][number]
+    x = torch.empty(2, CHANNELS, side, side, dtype=dtype)
+    if row.channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    with record_launches() as recorded:
+        avg, peak, index = channel_kernels.channel_gate_pool(x, needs_max, ties, True, config=row.config)
+        out = channel_kernels.channel_gate_forward(x, avg, config=row.config)
+        dgate = channel_kernels.channel_gate_backward(out, x, config=row.config)
+        dmax = peak if needs_max else None
+        sizes = (side, side, row.channels_last, ties)
+        channel_kernels.channel_gate_dx(out, dgate, avg, dmax, x, peak, index, *sizes, config=row.config)
+    return recorded
+
+
+def check_channel_loads(launch: Launch, compiled: Compiled, itemsize: int) -> None:
+    """As ``check_loads``; every tile is in the text twice, without masks and with them."""
+    maps = {"fwd_pool": 1, "fwd": 1, "bwd_dgate": 2, "bwd_dx": 1 + (launch.arguments.get("MAX") == "even")}
+    name = launch.name.removeprefix("_channel_gate_").removesuffix("_kernel")
+    threads = launch.options["num_warps"] * (64 if compiled.architecture.startswith("gfx") else 32)
+    share = launch.arguments["BLOCK_P"] * launch.arguments["BLOCK_C"] * itemsize // threads
+    steps = launch.arguments["STEPS"]
+    size = min(16, share if name in ("fwd_pool", "bwd_dgate") else share * steps)  # the others have one tile a step
+    expected = 2 * maps[name] * steps * share // size
+    found = wide_loads(compiled.assembly, size)
+    assert found >= expected, f"{compiled.kernel}: {found} loads of {size} bytes, expected {expected}"
+
+
+@pytest.mark.parametrize(("number", "dtype", "side", "target"), CHANNEL_CASES)
+def test_channel_row_compiles(number, dtype, side, target):
+    for launch in channel_launches(number, dtype, side):
+        compiled = compile_launch(launch, target)
+        check_resources(compiled, OCCUPANCY_STACK)
+        check_registers(compiled, dtype.itemsize)
+        check_offsets(compiled, quotients=False)
+        if not launch.name.endswith("_sum_kernel"):
+            check_channel_loads(launch, compiled, dtype.itemsize)
+
+
+@pytest.mark.parametrize(("ties", "needs_max"), [("even", True), ("first", False)])
+@pytest.mark.parametrize("number", range(len(CHANNEL_GATE_TABLE["default"])))
+def test_other_channel_pools_compile(number, ties, needs_max):
+    itemsize, side = next(iter(channel_chosen_for(number).items()))
+    for launch in channel_launches(number, DTYPES[itemsize][0], side, ties, needs_max):
+        compiled = compile_launch(launch, "sm_90")
+        check_resources(compiled, OCCUPANCY_STACK)
+        if not launch.name.endswith("_sum_kernel"):
+            check_channel_loads(launch, compiled, itemsize)
+
+
+@pytest.mark.parametrize("number", range(len(CHANNEL_GATE_TABLE["default"])))
+def test_channel_offsets_are_64_bits_wide(number):
+    itemsize, side = next(iter(channel_chosen_for(number).items()))
+    for launch in channel_launches(number, DTYPES[itemsize][0], side):
+        compiled = compile_launch(launch, "sm_90")
+        check_offsets(compiled, quotients=False)
+        if not launch.name.endswith("_sum_kernel"):
+            assert re.search(r"%image\w* = arith.extsi", compiled.ttir), launch.name
+
+
+# The coordinate gate
+
+COORDINATE_CASES = [
+    pytest.param(number, dtype, side, target, id=f"row{number}-{str(dtype)[len('torch.') :]}-{side}-{target}")
+    for number, row in enumerate(COORDINATE_GATE_TABLE["default"])
+    for itemsize in DTYPES
+    if coordinate_gate_config("default", itemsize=itemsize, channels_last=row.channels_last) is row.config
+    for dtype in DTYPES[itemsize]
+    for side, targets in ((56, TARGETS), *((side, ("sm_90",)) for side in (7, 14, 28, 112)))
+    for target in (targets if dtype != torch.bfloat16 else ("sm_90",))
+]
+
+
+def coordinate_launches(number: int, dtype: torch.dtype, height: int, width: int) -> list[Launch]:
+    """What a forward and a backward launch with the configuration of this row."""
+    row = COORDINATE_GATE_TABLE["default"][number]
+    x = torch.empty(2, CHANNELS, height, width, dtype=dtype)
+    if row.channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    sizes = (height, width, row.channels_last)
+    with record_launches() as recorded:
+        means = coordinate_kernels.coordinate_gate_pool(x, config=row.config)
+        out = coordinate_kernels.coordinate_gate_forward(x, *means, config=row.config)
+        gates = coordinate_kernels.coordinate_gate_backward(out, x, *means, config=row.config)
+        coordinate_kernels.coordinate_gate_dx(out, *gates, *means, *sizes, config=row.config)
+    return recorded
+
+
+@pytest.mark.parametrize(("number", "dtype", "side", "target"), COORDINATE_CASES)
+def test_coordinate_row_compiles(number, dtype, side, target):
+    maps = {"fwd_pool": 1, "fwd": 1, "bwd_dgate": 2, "bwd_dx": 1}
+    recorded = coordinate_launches(number, dtype, side, side)
+    assert {launch.name for launch in recorded} >= {f"_coordinate_gate_{name}_kernel" for name in maps}
+    for launch in recorded:
+        compiled = compile_launch(launch, target)
+        check_resources(compiled, OCCUPANCY_STACK)
+        check_registers(compiled, dtype.itemsize)
+        check_offsets(compiled)
+        name = launch.name.removeprefix("_coordinate_gate_").removesuffix("_kernel")
+        if name not in maps:
+            continue
+        assert re.search(r"arith\.muli .* : i64", compiled.ttir), launch.name
+        threads = launch.options["num_warps"] * (64 if target.startswith("gfx") else 32)
+        block = launch.arguments["BLOCK_C"] * launch.arguments["BLOCK_H"] * launch.arguments["BLOCK_W"]
+        share = block * dtype.itemsize // threads
+        size = min(16, share, launch.arguments["ALIGN"] * dtype.itemsize)
+        found, expected = wide_loads(compiled.assembly, size), maps[name] * share // size
+        assert found >= expected, f"{compiled.kernel}: {found} loads of {size} bytes, expected {expected}"
+
+
+@pytest.mark.parametrize("number", range(len(COORDINATE_GATE_TABLE["default"])))
+def test_wide_and_tall_maps_compile(number):
+    """Several slabs and chunks, whose parts are then summed."""
+    dtype = DTYPES[COORDINATE_GATE_TABLE["default"][number].itemsize][0]
+    recorded = coordinate_launches(number, dtype, 300, 5000)
+    assert [launch.name for launch in recorded].count("_coordinate_gate_fwd_sum_kernel") >= 2
+    for launch in recorded:
+        compiled = compile_launch(launch, "sm_90")
+        check_resources(compiled, OCCUPANCY_STACK)
+        check_offsets(compiled)
+
+
+@pytest.mark.parametrize(("width", "bits"), [(28, 64), (14, 32), (7, 16)])
+def test_loads_of_narrow_rows(width, bits):
+    """A row is read by the widest loads that its width allows, where Triton left alone proves 2 bytes."""
+    pool = coordinate_launches(0, torch.float16, 7, width)[0]
+    found = re.findall(r"\bld\.global\S*?(?:\.v(\d))?\.[bufs](\d+)\s", compile_launch(pool, "sm_90").assembly)
+    assert {int(vector or 1) * int(size) for vector, size in found} == {bits}
+
+
+# CBAM
+
+
+def cbam_chosen_for(number: int) -> dict[int, int]:
+    """A side for every item size with which the default table chooses this row."""
+    row = CBAM_TABLE["default"][number]
+    found: dict[int, int] = {}
+    for itemsize in DTYPES:
+        for side in SIDES:
+            config = cbam_config("default", itemsize=itemsize, pixels=side**2, channels_last=row.channels_last)
+            if config is row.config:
+                found.setdefault(itemsize, side)
+    return found
+
+
+CBAM_CASES = [
+    pytest.param(number, DTYPES[itemsize][0], side, target, id=f"row{number}-{itemsize}-{target}")
+    for number in range(len(CBAM_TABLE["default"]))
+    for itemsize, side in cbam_chosen_for(number).items()
+    for target in TARGETS
+]
+
+
+def cbam_launches(
+    number: int, dtype: torch.dtype, side: int, output: str = "gated", ties: str = "first"
+) -> list[Launch]:
+    """What a forward and a backward launch with the configuration of this row, and what those with a norm do."""
+    row = CBAM_TABLE["default"][number]
+    x = torch.empty(2, CHANNELS, side, side, dtype=dtype)
+    if row.channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    weight, bias, gate = (torch.empty(size, dtype=dtype) for size in ((1, 2, 7, 7), (1,), (2, CHANNELS)))
+    index = torch.empty(2, CHANNELS, dtype=torch.int32)
+    scaled, even = output in ("gated", "residual"), ties == "even"
+    with record_launches() as recorded:
+        out, spatial, *kept = cbam_kernels.cbam_forward(
+            x, gate, weight, bias, "avg_max", output, ties, config=row.config
+        )
+        _, dmaps, _, _ = cbam_kernels.cbam_backward(
+            out, x, gate, weight, spatial, *kept, "avg_max", output, ties, True, False, config=row.config
+        )
+        cbam_kernels.cbam_dx(
+            out if scaled else None, gate, spatial if scaled else None, dmaps, gate, gate, index,
+            gate if even else None, x if even else None, side, side, row.channels_last, output, ties, config=row.config,
+        )  # fmt: skip
+        if scaled:
+            cbam_kernels.cbam_scale(x, gate, spatial, output, config=row.config)
+            cbam_kernels.cbam_scale_backward(out, x, gate, spatial, config=row.config)
+    return recorded
+
+
+def check_cbam(launch: Launch, target: str) -> None:
+    compiled = compile_launch(launch, target)
+    check_resources(compiled, OCCUPANCY_STACK)
+    if not launch.arguments.get("EVEN_TIES"):
+        check_registers(compiled, launch.arguments["x_ptr"].itemsize if "x_ptr" in launch.arguments else 4)
+    check_offsets(compiled)
+    maps = {"fwd_pool": 1, "fwd": 1, "fwd_scale": 1, "bwd_dmaps": 1, "bwd_dx": 1, "bwd_sum": 0}
+    name = launch.name.removeprefix("_cbam_").removesuffix("_kernel")
+    scaled = launch.arguments.get("OUTPUT") not in ("map", "logit")
+    reads = maps[name] if name != "bwd_dgate" else 2
+    if name in ("fwd", "bwd_dgate", "bwd_dx") and not scaled:
+        reads = 0
+    reads += name == "bwd_dx" and launch.arguments["EVEN_TIES"]
+    if reads == 0:
+        return
+    threads = launch.options["num_warps"] * (64 if target.startswith("gfx") else 32)
+    share = launch.arguments["BLOCK_P"] * launch.arguments["BLOCK_C"] * launch.arguments["x_ptr"].itemsize // threads
+    size = min(16, share)
+    found, expected = wide_loads(compiled.assembly, size), reads * share // size
+    assert found >= expected, f"{launch.name}: {found} loads of {size} bytes, expected {expected}"
+
+
+@pytest.mark.parametrize(("number", "dtype", "side", "target"), CBAM_CASES)
+def test_cbam_row_compiles(number, dtype, side, target):
+    recorded = cbam_launches(number, dtype, side)
+    assert len({launch.name for launch in recorded}) == 7
+    for launch in recorded:
+        check_cbam(launch, target)
+
+
+@pytest.mark.parametrize(("output", "ties"), [("map", "first"), ("residual", "even")])
+@pytest.mark.parametrize("number", range(len(CBAM_TABLE["default"])))
+def test_other_outputs_of_cbam_compile(number, output, ties):
+    itemsize, side = next(iter(cbam_chosen_for(number).items()))
+    for launch in cbam_launches(number, DTYPES[itemsize][0], side, output, ties):
+        check_cbam(launch, "sm_90")

@@ -83,6 +83,19 @@ print(json.dumps(sorted(set(sys.modules) - before)))
     assert not heavy & set(imported)
 
 
+def test_models_are_imported_lazily():
+    code = """
+import sys, torch, attnk
+lazy = [name for name in sys.modules if name.startswith(("attnk.models", "attnk.rewrite"))]
+print(lazy, attnk.models.ViT.__name__, attnk.fold.__name__, attnk.count_parameters(torch.nn.Linear(2, 3)))
+try:
+    attnk.model
+except AttributeError as error:
+    print(error)
+"""
+    assert run(code).splitlines() == ["[] ViT fold 9", "module 'attnk' has no attribute 'model'"]
+
+
 def test_running_on_a_cpu_imports_no_kernel():
     code = f"import sys, torch, attnk\n{USE}\nprint([name for name in sys.modules if name.startswith('attnk.kernels')])"
     assert run(code).strip() == "[]"

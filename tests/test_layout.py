@@ -141,6 +141,7 @@ def test_kernels_import_little():
     shared = ("torch", "triton", "attnk.groups", "attnk.memory", *own_shared)
     for path in sorted(KERNELS.rglob("*.py")):
         own = [name_of(path) if path.name == "__init__.py" else name_of(path).rpartition(".")[0]]
+        own += ["attnk.kernels.spatial_gate"] if path.parent.name == "cbam" else []  # half of it is one
         assert not offences([path], *shared, *(own if path.parent != KERNELS else []))
     tuning = [module for module, _ in imports(KERNELS / "tuning.py")]
     assert not any(within(module, "triton") for module in tuning), "explain reads the tables without triton's compiler"
@@ -156,8 +157,11 @@ def test_operations_stand_on_their_floor():
     for path in files("ops"):
         own = [f"attnk.{folder}.{path.stem}" for folder in ("reference", "fallback", "kernels")]
         own += [f"attnk.{folder}" for folder in ("reference", "fallback")] if path.stem in STEMS else []
-        shared = [f"attnk.ops.{name}" for name in ("_calls", "_checks", "_flops", "_vmap")]
+        private = ("_batch_norm", "_calls", "_checks", "_deferred", "_flops", "_vmap", "_watch")
+        shared = [f"attnk.ops.{name}" for name in private]
         shared += ["attnk.ops.softmax_attention"] if path.stem == "group_attention" else []  # for long groups
+        # its pool, and the options and checks of the two gates it is made of
+        shared += ["attnk.ops.channel_gate", "attnk.ops.spatial_gate"] if path.stem == "cbam" else []
         shared += ["attnk.dispatch", "attnk.groups", "attnk.memory", "attnk.kernels.tuning", "torch"]
         assert not offences([path], *own, *shared)
         for module, early in imports(path):

@@ -260,7 +260,7 @@ def test_output_keeps_the_memory_format(backend, device, output, memory_format):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "channel_slice", "channels_last_slice", "expanded"])
 def test_no_hidden_copy(kernels, layout):
     x = draw((3, 5, 4, 6), layout=layout)["x"]
-    read, _ = kernels.common.addressable(x, x.stride(1) < x.stride(3))
+    read, _ = kernels.forward.addressable(x, x.stride(1) < x.stride(3))
     assert read is x
 
 
@@ -928,7 +928,7 @@ def test_offsets_beyond_32_bits(kernels, output, ties, shape, strides):
     inputs["x"], dout = spread
     if output == "map":
         dout = dout[:, :1]
-    read, _ = kernels.common.addressable(inputs["x"], inputs["x"].stride(1) < inputs["x"].stride(3))
+    read, _ = kernels.forward.addressable(inputs["x"], inputs["x"].stride(1) < inputs["x"].stride(3))
     assert read is inputs["x"]
     with Meter():  # fails on a 32-bit overflow
         check("triton", inputs, output=output, ties=ties, dout=dout)

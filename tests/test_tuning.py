@@ -1,6 +1,7 @@
 """Every row of the tuning tables: some call selects it, and it computes the right thing."""
 
 import dataclasses
+import functools
 import itertools
 import os
 
@@ -9,26 +10,41 @@ import torch
 
 pytest.importorskip("triton")
 
+from attnk.kernels import cbam as cbam_kernels
+from attnk.kernels import channel_gate as channel_kernels
+from attnk.kernels import coordinate_gate as coordinate_kernels
 from attnk.kernels import linear_attention as linear
 from attnk.kernels import softmax_attention as attention
 from attnk.kernels import spatial_gate as kernels
 from attnk.kernels.tuning import (
+    CBAM_TABLE,
+    CHANNEL_GATE_TABLE,
+    COORDINATE_GATE_TABLE,
     GROUP_ATTENTION_TABLE,
     LINEAR_ATTENTION_TABLE,
     SOFTMAX_ATTENTION_TABLE,
     SPATIAL_GATE_TABLE,
+    ChannelGateConfig,
+    CoordinateGateConfig,
     LinearAttentionConfig,
     LinearTile,
     SoftmaxAttentionConfig,
     SpatialGateConfig,
     Tile,
     architecture,
+    cbam_config,
+    channel_gate_config,
+    coordinate_gate_config,
     group_attention_config,
     linear_attention_config,
     softmax_attention_config,
     spatial_gate_config,
 )
 
+import attnk
+from attnk.reference.cbam import cbam_reference
+from attnk.reference.channel_gate import channel_pool_reference, scale_reference
+from attnk.reference.coordinate_gate import coordinate_gate_reference, coordinate_pool_reference
 from attnk.reference.linear_attention import linear_attention_reference
 from attnk.reference.softmax_attention import softmax_attention_reference
 from attnk.reference.spatial_gate import spatial_gate_reference
@@ -408,3 +424,239 @@ def test_groups_that_no_row_fits():
     for arch in GROUP_ATTENTION_TABLE:
         for name, size in (("tokens", 129), ("head_dim", 129), ("extras", 3)):
             assert group_attention_config(arch, **fits | {name: size}) is None
+
+
+# The channel gate
+
+CHANNEL_ROWS = [(arch, number) for arch, rows in CHANNEL_GATE_TABLE.items() for number in range(len(rows))]
+
+
+def channel_itemsizes_of(arch: str, number: int) -> list[int]:
+    """The item sizes of which some map has this row, which is then not behind another that fits as well."""
+    row = CHANNEL_GATE_TABLE[arch][number]
+    calls = itertools.product(DTYPES, SIDES)
+    found = {
+        itemsize
+        for itemsize, side in calls
+        if channel_gate_config(arch, itemsize=itemsize, pixels=side**2, channels_last=row.channels_last) is row.config
+    }
+    return sorted(found)
+
+
+class ChannelsWithConfig(torch.autograd.Function):
+    """Pooling and scaling with a configuration of one's choice, in autograd; the gate is a constant."""
+
+    @staticmethod
+    def forward(ctx, x, gate, ties, config):
+        avg, peak, index = channel_kernels.channel_gate_pool(x, True, ties, True, config=config)
+        out = channel_kernels.channel_gate_forward(x, gate, config=config)
+        ctx.save_for_backward(x, gate, peak, index)
+        ctx.options = ties, config
+        return avg, peak, out
+
+    @staticmethod
+    def backward(ctx, davg, dmax, dout):
+        x, gate, peak, index = ctx.saved_tensors
+        ties, config = ctx.options
+        sizes = (*x.shape[2:], x.stride(1) < x.stride(3), ties)
+        dx = channel_kernels.channel_gate_dx(dout, gate, davg, dmax, x, peak, index, *sizes, config=config)
+        return dx, channel_kernels.channel_gate_backward(dout, x, config=config).to(gate.dtype), None, None
+
+
+@pytest.mark.parametrize(("arch", "number"), CHANNEL_ROWS)
+def test_channel_row_is_selected(arch, number):
+    config = CHANNEL_GATE_TABLE[arch][number].config
+    assert isinstance(config, ChannelGateConfig)
+    assert channel_itemsizes_of(arch, number), "a row above it fits every call that it fits"
+    for value in (config.block_p, config.block_c, config.num_warps):
+        assert value & (value - 1) == 0 < value
+    assert config.num_warps <= 16
+    assert config.num_stages >= 1
+
+
+@runs_kernels
+@pytest.mark.parametrize("ties", ["first", "even"])
+@pytest.mark.parametrize(("arch", "number"), CHANNEL_ROWS)
+def test_channel_row_matches_reference(arch, number, ties, device):
+    row = CHANNEL_GATE_TABLE[arch][number]
+    config = row.config
+
+    def function(x, gate, pool_and_scale):
+        avg, peak, out = pool_and_scale(x, gate)
+        return out + (avg * 2 + peak)[..., None, None]
+
+    def reference(x, gate):
+        return *channel_pool_reference(x, ties=ties), scale_reference(x, gate)
+
+    # two whole steps of whole blocks of channels, then neither
+    for n_channels, width in ((config.block_c, config.block_p * config.num_stages), (config.block_c + 1, 5)):
+        for itemsize in channel_itemsizes_of(arch, number):
+            x = torch.randn(2, n_channels, 2, width, device=device).to(DTYPES[itemsize])
+            if row.channels_last:
+                x = x.contiguous(memory_format=torch.channels_last)
+            assert_matches_reference(
+                lambda x, gate: function(x, gate, lambda *given: ChannelsWithConfig.apply(*given, ties, config)),
+                lambda x, gate: function(x, gate, reference),
+                {"x": x, "gate": torch.randn(2, n_channels, device=device).to(x.dtype)},
+            )
+
+
+@pytest.mark.parametrize("arch", [*CHANNEL_GATE_TABLE, "sm_75"])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("itemsize", DTYPES)
+def test_every_channel_call_has_a_row(arch, channels_last, itemsize):
+    for side in SIDES:
+        config = channel_gate_config(arch, itemsize=itemsize, pixels=side**2, channels_last=channels_last)
+        assert isinstance(config, ChannelGateConfig)
+    assert set(CHANNEL_GATE_TABLE) <= {"default", *ARCHITECTURES}
+
+
+def test_a_hole_in_the_channel_table_is_told(monkeypatch):
+    rows = tuple(row for row in CHANNEL_GATE_TABLE["default"] if not row.channels_last)
+    monkeypatch.setitem(CHANNEL_GATE_TABLE, "default", rows)
+    with pytest.raises(LookupError, match=r"CHANNEL_GATE_TABLE\['sm_90'\] fits: itemsize=2 pixels=9"):
+        channel_gate_config("sm_90", itemsize=2, pixels=9, channels_last=True)
+
+
+# The coordinate gate
+
+COORDINATE_ROWS = [(arch, number) for arch, rows in COORDINATE_GATE_TABLE.items() for number in range(len(rows))]
+
+
+def coordinate_itemsizes_of(arch: str, number: int) -> list[int]:
+    """The item sizes that have this row."""
+    row = COORDINATE_GATE_TABLE[arch][number]
+    return [
+        itemsize
+        for itemsize in DTYPES
+        if coordinate_gate_config(arch, itemsize=itemsize, channels_last=row.channels_last) is row.config
+    ]
+
+
+class CoordinatesWithConfig(torch.autograd.Function):
+    """Pooling and gate with a configuration of one's choice, in autograd; the gates are constants."""
+
+    @staticmethod
+    def forward(ctx, x, gate_h, gate_w, config):
+        ctx.save_for_backward(x, gate_h, gate_w)
+        ctx.config = config
+        pooled = coordinate_kernels.coordinate_gate_pool(x, config=config)
+        return *pooled, coordinate_kernels.coordinate_gate_forward(x, gate_h, gate_w, config=config)
+
+    @staticmethod
+    def backward(ctx, dheight, dwidth, dout):
+        x, *gates = ctx.saved_tensors
+        sizes = (*x.shape[2:], x.stride(1) < x.stride(3))
+        dx = coordinate_kernels.coordinate_gate_dx(dout, *gates, dheight, dwidth, *sizes, config=ctx.config)
+        return dx, *coordinate_kernels.coordinate_gate_backward(dout, x, *gates, config=ctx.config), None
+
+
+@pytest.mark.parametrize(("arch", "number"), COORDINATE_ROWS)
+def test_coordinate_row_is_selected(arch, number):
+    config = COORDINATE_GATE_TABLE[arch][number].config
+    assert isinstance(config, CoordinateGateConfig)
+    assert coordinate_itemsizes_of(arch, number), "a row above it fits every call that it fits"
+    for value in (config.tile, config.block_c, config.num_warps):
+        assert value & (value - 1) == 0 < value
+    assert config.block_c <= config.tile
+    assert config.num_warps <= 16
+    assert config.slab >= 1
+
+
+@runs_kernels
+@pytest.mark.parametrize(("arch", "number"), COORDINATE_ROWS)
+def test_coordinate_row_matches_reference(arch, number, device):
+    row = COORDINATE_GATE_TABLE[arch][number]
+    config = row.config
+
+    def function(x, gate_h, gate_w, pool_and_gate):
+        height, width, out = pool_and_gate(x, gate_h, gate_w)
+        return out + height * 2 + width
+
+    def reference(x, *gates):
+        return *coordinate_pool_reference(x), coordinate_gate_reference(x, *gates)
+
+    # whole blocks, then rests of channels, of rows and slabs, of columns
+    for shape in ((1, config.block_c, 8, 8), (1, config.block_c + 1, config.slab + 1, 5)):
+        for itemsize in coordinate_itemsizes_of(arch, number):
+            x = torch.randn(shape, device=device).to(DTYPES[itemsize])
+            memory_format = torch.channels_last if row.channels_last else torch.contiguous_format
+            inputs = {"x": x, "gate_h": torch.randn_like(x[..., :1]), "gate_w": torch.randn_like(x[..., :1, :])}
+            assert_matches_reference(
+                lambda *_, **given: function(
+                    **given, pool_and_gate=lambda *args: CoordinatesWithConfig.apply(*args, config)
+                ),
+                lambda *_, **given: function(**given, pool_and_gate=reference),
+                {name: tensor.contiguous(memory_format=memory_format) for name, tensor in inputs.items()},
+            )
+
+
+@pytest.mark.parametrize("arch", [*COORDINATE_GATE_TABLE, "sm_75"])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("itemsize", DTYPES)
+def test_every_coordinate_call_has_a_row(arch, channels_last, itemsize):
+    config = coordinate_gate_config(arch, itemsize=itemsize, channels_last=channels_last)
+    assert isinstance(config, CoordinateGateConfig)
+    assert set(COORDINATE_GATE_TABLE) <= {"default", *ARCHITECTURES}
+
+
+def test_a_hole_in_the_coordinate_table_is_told(monkeypatch):
+    monkeypatch.setitem(COORDINATE_GATE_TABLE, "default", ())
+    with pytest.raises(LookupError, match=r"COORDINATE_GATE_TABLE\['sm_90'\] fits: itemsize=2 channels_last=True"):
+        coordinate_gate_config("sm_90", itemsize=2, channels_last=True)
+
+
+# CBAM
+
+CBAM_ROWS = [(arch, number) for arch, rows in CBAM_TABLE.items() for number in range(len(rows))]
+
+
+def cbam_itemsizes_of(arch: str, number: int) -> list[int]:
+    """The item sizes of which some map has this row, which is then not behind another that fits as well."""
+    row = CBAM_TABLE[arch][number]
+    calls = itertools.product(DTYPES, SIDES)
+    found = {
+        itemsize
+        for itemsize, side in calls
+        if cbam_config(arch, itemsize=itemsize, pixels=side**2, channels_last=row.channels_last) is row.config
+    }
+    return sorted(found)
+
+
+@pytest.mark.parametrize(("arch", "number"), CBAM_ROWS)
+def test_cbam_row_is_selected(arch, number):
+    config = CBAM_TABLE[arch][number].config
+    assert isinstance(config, SpatialGateConfig)
+    assert config.lag == 0, "CBAM has no launch that does two passes"
+    assert cbam_itemsizes_of(arch, number), "a row above it fits every call that it fits"
+    for value in (config.block_p, config.block_c, config.num_warps):
+        assert value & (value - 1) == 0 < value
+
+
+@runs_kernels
+@pytest.mark.parametrize("ties", ["first", "even"])
+@pytest.mark.parametrize(("arch", "number"), CBAM_ROWS)
+def test_cbam_row_matches_reference(arch, number, ties, device, monkeypatch):
+    row = CBAM_TABLE[arch][number]
+    monkeypatch.setattr(cbam_kernels.common, "cbam_config", lambda *args, **kwargs: row.config)
+    # whole blocks of channels and pixels, then neither
+    shapes = ((row.config.block_c, 4, row.config.block_p // 4), (row.config.block_c + 1, 3, 5))
+    for shape, itemsize in itertools.product(shapes, cbam_itemsizes_of(arch, number)):
+        x = torch.randn(1, *shape, device=device).to(DTYPES[itemsize])
+        if row.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+
+        def call(function, x, scale, weight, **options):
+            return function(x, lambda pooled: pooled * scale, weight, ties=ties, **options)
+
+        assert_matches_reference(
+            functools.partial(call, attnk.cbam, backend="triton"),
+            functools.partial(call, cbam_reference),
+            {"x": x, "scale": torch.randn(shape[0]).to(x), "weight": torch.randn(1, 2, 3, 3).to(x)},
+        )
+
+
+def test_no_row_of_cbam_is_told(monkeypatch):
+    monkeypatch.setitem(CBAM_TABLE, "default", ())
+    with pytest.raises(LookupError, match=r"no row of CBAM_TABLE\['sm_90'\] fits: itemsize=2"):
+        cbam_config("sm_90", itemsize=2, pixels=9, channels_last=False)

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attnk.fallback._precision import multiplies_exactly
+
 # Elements of x that each CPU thread handles at a time, 2 MiB of float32: measured best of 2**18 ... 2**21.
 TILE_ELEMENTS = 2**19
 # Up to this size the calls cost more than the work, so one call for the whole of x is best.
@@ -35,8 +37,8 @@ def spatial_gate_infer(x: Tensor, weight: Tensor, bias: Tensor | None, order: st
     Returns:
         The output in x's dtype: x's shape and layout, or (batch, 1, height, width) for "map" and "logit".
     """
-    dtype = _work_dtype(x)
-    z = _convolve(_stack(_mean_channels(x, dtype), torch.amax(x, 1, True), order), weight, bias)
+    dtype = work_dtype(x)
+    z = convolve(stack(_mean_channels(x, dtype), torch.amax(x, 1, True), order), weight, bias)
     if output == "logit":
         return z.to(x.dtype)
     gate = z.sigmoid_().to(x.dtype)
@@ -57,13 +59,13 @@ def spatial_gate_forward(
         (batch, 1, height, width) int64, the first channel that attains the maximum; empty for ties="even". None of
         them share memory. For output "logit" the gate is zeros that nothing reads.
     """
-    dtype = _work_dtype(x)
+    dtype = work_dtype(x)
     if ties == "even":
         maximum, index = torch.amax(x, 1, True), x.new_empty(0, dtype=torch.int64)
     else:
-        maximum, index = _max_channels(x, dtype)
-    maps = _stack(_mean_channels(x, dtype), maximum, order)
-    z = _convolve(maps, weight, bias)
+        maximum, index = max_channels(x, dtype)
+    maps = stack(_mean_channels(x, dtype), maximum, order)
+    z = convolve(maps, weight, bias)
     if output == "logit":
         return z.to(x.dtype), torch.zeros_like(z), maps, index
     gate = z.sigmoid_()
@@ -112,13 +114,13 @@ def spatial_gate_backward(
 
     dx, dweight, dbias = dout.new_empty(0), weight.new_empty(0), weight.new_empty(0)
     if needs_dweight:
-        dweight, dbias = _weight_gradient(dz, maps, weight)
+        dweight, dbias = weight_gradient(dz, maps, weight)
     if not needs_dx:
         return dx, dweight, dbias
 
     # convolution_backward would take several times as long for dmap as this convolution, which is the same sum.
-    dmap = _convolve(dz, weight.flip(2, 3).transpose(0, 1), None)
-    davg, dmaximum = _unstack(dmap, order)
+    dmap = convolve(dz, weight.flip(2, 3).transpose(0, 1), None)
+    davg, dmaximum = unstack(dmap, order)
     davg = davg.div(channels).to(dout.dtype)
     batch, _, height, width = dout.shape
     layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -130,27 +132,29 @@ def spatial_gate_backward(
         dx.copy_(davg)
     if ties == "even":
         assert x is not None
-        _add_to_ties(dx, x, _unstack(maps, order)[1], dmaximum)
+        _add_to_ties(dx, x, unstack(maps, order)[1], dmaximum)
     else:
         dx.scatter_add_(1, index, dmaximum.to(dx.dtype))
     return dx, dweight, dbias
 
 
-def _work_dtype(x: Tensor) -> torch.dtype:
+def work_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that sums and maps are in: float32, or float64 for float64."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _stack(avg: Tensor, maximum: Tensor, order: str) -> Tensor:
+def stack(avg: Tensor, maximum: Tensor, order: str) -> Tensor:
     """The two maps side by side; a maximum of half precision is promoted to avg's dtype."""
     return torch.cat((avg, maximum) if order == "avg_max" else (maximum, avg), 1)
 
 
-def _unstack(maps: Tensor, order: str) -> tuple[Tensor, Tensor]:
+def unstack(maps: Tensor, order: str) -> tuple[Tensor, Tensor]:
+    """The mean's and the maximum's map, or gradient, out of both."""
     avg, maximum = (0, 1) if order == "avg_max" else (1, 0)
     return maps[:, avg : avg + 1], maps[:, maximum : maximum + 1]
 
 
-def _convolve(maps: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def convolve(maps: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """conv2d in the dtype of maps that keeps height and width; an empty batch or image skips the convolution."""
     if maps.numel() == 0:
         return maps.new_empty(maps.shape[0], weight.shape[0], *maps.shape[2:])
@@ -159,7 +163,8 @@ def _convolve(maps: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.conv2d(maps, weight, bias, padding=weight.shape[-1] // 2)
 
 
-def _weight_gradient(dz: Tensor, maps: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def weight_gradient(dz: Tensor, maps: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """dweight and dbias of the convolution, in weight's dtype."""
     if dz.numel() == 0:
         return torch.zeros_like(weight), weight.new_zeros(1)
     padding = [weight.shape[-1] // 2] * 2
@@ -175,7 +180,7 @@ def _apply_gate(x: Tensor, gate: Tensor, output: str) -> Tensor:
     return torch.mul(x, gate, out=out) if output == "gated" else torch.addcmul(x, x, gate, out=out)
 
 
-def _tiles(x: Tensor) -> Iterator[tuple[slice, slice, slice]]:
+def tiles(x: Tensor) -> Iterator[tuple[slice, slice, slice]]:
     """Slices (samples, all channels, rows) of TILE_ELEMENTS a thread or so: several samples, or some rows of one."""
     batch, channels, height, width = x.shape
     tile_elements = TILE_ELEMENTS * torch.get_num_threads()
@@ -190,7 +195,7 @@ def _tiles(x: Tensor) -> Iterator[tuple[slice, slice, slice]]:
 def _tiles_with_scratch(x: Tensor, dtype: torch.dtype) -> Iterator[tuple[tuple[slice, ...], Tensor, Tensor]]:
     """Yields (tile, x[tile] as dtype, scratch): one buffer of a tile's size serves all tiles."""
     scratch = None
-    for tile in _tiles(x):
+    for tile in tiles(x):
         part = x[tile]
         if scratch is None:
             scratch = torch.empty_like(part, dtype=dtype)
@@ -215,13 +220,13 @@ def _mean_channels(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _sum_channels(x: Tensor) -> Tensor:
     """Sum over channels: a matrix product reads contiguous x in order, about twice as fast as `torch.sum` on CPU."""
-    if not x.is_contiguous() or torch.get_float32_matmul_precision() != "highest":
+    if not x.is_contiguous() or not multiplies_exactly():
         return torch.sum(x, 1, True)
     batch, channels, height, width = x.shape
     return torch.bmm(x.new_ones(batch, 1, channels), x.flatten(2)).view(batch, 1, height, width)
 
 
-def _max_channels(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def max_channels(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """`torch.max` over channels with the first index; faster on CPU, where that kernel is scalar.
 
     Many channels in planes go in two steps: the maximum of each group, then the first in the first group that has it.
@@ -233,9 +238,9 @@ def _max_channels(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     if channels < 64 or channels % size or not x.is_contiguous():
         return _max_tiled(x, dtype)
     groups = x.view(batch, channels // size, size, height * width)
-    maximum, group = _max_channels(groups.amax(2).view(batch, -1, height, width), dtype)
+    maximum, group = max_channels(groups.amax(2).view(batch, -1, height, width), dtype)
     members = groups.gather(1, group.view(batch, 1, 1, -1).expand(-1, -1, size, -1)).view(batch, size, height, width)
-    return maximum, group * size + _max_channels(members, dtype)[1]
+    return maximum, group * size + max_channels(members, dtype)[1]
 
 
 def _max_tiled(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,7 @@
 """Checks that modules make of their arguments; a message names the argument, what it got and what it needs."""
 
+import math
+
 import torch
 from torch import nn
 
@@ -11,6 +13,19 @@ def check_sizes(**sizes: int) -> None:
     for name, size in sizes.items():
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise ValueError(f"{name} must be a positive integer, got {size!r}")
+
+
+def check_positive(**numbers: float) -> None:
+    """Raise ValueError unless all are positive finite numbers."""
+    for name, number in numbers.items():
+        if not isinstance(number, int | float) or isinstance(number, bool) or not 0 < number < math.inf:
+            raise ValueError(f"{name} must be a positive number, got {number!r}")
+
+
+def check_kernel_size(kernel_size: int, otherwise: str = "") -> None:
+    """Raise ValueError unless it is an odd positive integer; ``otherwise`` says what else it might have been."""
+    if not isinstance(kernel_size, int) or isinstance(kernel_size, bool) or kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(f"kernel_size must be an odd positive integer{otherwise}, got {kernel_size!r}")
 
 
 def check_share(name: str, value: float) -> None:
@@ -41,6 +56,19 @@ def check_shape(name: str, x: torch.Tensor, needed: str, axis: int, channels: in
     names = needed.strip("()").split(", ")
     if x.dim() != len(names) or x.shape[axis] != channels:
         raise ValueError(f"{name} must be {needed} with {names[axis]} = {channels}, got {tuple(x.shape)}")
+
+
+def as_batch(x: torch.Tensor, weight: torch.Tensor, channels: int) -> torch.Tensor:
+    """x (B, C, H, W), or (1, C, H, W) of one without a batch, checked against a module's weight and channels."""
+    check_tensor("x", x, weight)
+    if x.dim() not in (3, 4) or x.shape[-3] != channels:
+        raise ValueError(f"x must be (B, C, H, W) or (C, H, W) with C = {channels}, got {tuple(x.shape)}")
+    return x if x.dim() == 4 else x.unsqueeze(0)
+
+
+def without_batch(out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """What was made of ``as_batch(x)``, without a batch where x has none."""
+    return out if x.dim() == 4 else out.squeeze(0)
 
 
 def check_tokens(x: torch.Tensor, embed_dim: int, linear: nn.Module) -> None:

@@ -1,7 +1,6 @@
 """Spatial attention: the module of the tutorials, of CBAM's spatial half, and of their many copies."""
 
 import copy
-import itertools
 from typing import Any
 
 import torch
@@ -10,7 +9,19 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from attnk import dispatch
 from attnk.modules._checks import backend_repr
+from attnk.modules._probe import (
+    copy_layer,
+    parts_of,
+    plain_batch_norm,
+    probe_map,
+    recognise,
+    refusal,
+    rename,
+    strangers,
+)
+from attnk.ops._batch_norm import fold_batch_norm
 from attnk.ops._checks import check_choice
+from attnk.ops._watch import tell, watchers
 from attnk.ops.spatial_gate import ORDERS, TIES, spatial_gate
 
 OUTPUTS = ("map", "gated", "residual")
@@ -26,8 +37,6 @@ CONV_NAMES = {
     "spatial.conv": "max_avg",  # the published CBAM's SpatialGate
     "SpatialGate.spatial.conv": "max_avg",  # the same inside the published CBAM
 }
-CONV_KEYS = ("weight", "bias")
-NORM_KEYS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 NORM_NAMES = ("bn", "conv.bn", "spatial.conv.bn", "spatial.bn", "SpatialGate.spatial.bn")
 
 
@@ -109,6 +118,8 @@ class SpatialAttention(nn.Module):
     def _gate(self, x: torch.Tensor, logit: torch.Tensor) -> torch.Tensor:
         assert self.bn is not None
         gate = torch.sigmoid(self.bn(logit) if x.dim() == 4 else self.bn(logit.unsqueeze(0)).squeeze(0))
+        if watchers:
+            tell("spatial_gate", gate=gate)
         if self.output == "map":
             return gate
         return x * gate + x if self.output == "residual" else x * gate
@@ -126,9 +137,9 @@ class SpatialAttention(nn.Module):
                     f"{prefix}{name}.weight belongs to a module with order={order!r}, this one has {self.order!r}: "
                     f"build SpatialAttention(order={order!r}) or use SpatialAttention.from_module"
                 )
-        _rename(state_dict, prefix, CONV_NAMES, "conv1")
+        rename(state_dict, prefix, CONV_NAMES, "conv1")
         if self.bn is not None:
-            _rename(state_dict, prefix, NORM_NAMES, "bn")
+            rename(state_dict, prefix, NORM_NAMES, "bn")
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     @classmethod
@@ -151,108 +162,54 @@ class SpatialAttention(nn.Module):
         if isinstance(module, cls):
             return copy.deepcopy(module)
 
-        def refusal(why: str) -> ValueError:
-            return ValueError(f"{type(module).__qualname__} was not recognised as spatial attention: {why}")
-
-        found = {path: part for path, part in module.named_modules() if isinstance(part, nn.Conv2d | _BatchNorm)}
+        what = "spatial attention"
+        found = parts_of(module, nn.Conv2d, _BatchNorm)
         conv, norm, counts = _conv_and_norm(module)
         if conv is None or counts not in ((1, 0), (1, 1)):
             raise refusal(
+                module,
+                what,
                 "it must hold one convolution and at most one batch norm, "
-                f"it has {counts[0]} convolutions and {counts[1]} batch norms"
+                f"it has {counts[0]} convolutions and {counts[1]} batch norms",
             )
         kernel_size = conv.kernel_size[0]
         if conv.weight.shape != (1, 2, kernel_size, kernel_size) or kernel_size % 2 == 0:
             path = next(path for path, part in found.items() if part is conv)
-            raise refusal(f"{path}.weight must be (1, 2, k, k) with k odd, got {tuple(conv.weight.shape)}")
+            raise refusal(
+                module, what, f"{path}.weight must be (1, 2, k, k) with k odd, got {tuple(conv.weight.shape)}"
+            )
         if norm is not None and norm.num_features != 1:
-            raise refusal(f"the batch norm must have one channel, it has {norm.num_features}")
-        known = {f"{path}.{name}" for path in found for name in (*CONV_KEYS, *NORM_KEYS)}
-        strangers = [key for key in module.state_dict() if key not in known]
-        if strangers:
-            raise refusal(f"unknown keys {strangers}")
+            raise refusal(module, what, f"the batch norm must have one channel, it has {norm.num_features}")
+        if unknown := strangers(module, found):
+            raise refusal(module, what, f"unknown keys {unknown}")
 
-        try:
-            probe = copy.deepcopy(module).to("cpu", torch.float64).requires_grad_()
-            probe_conv, probe_norm, _ = _conv_and_norm(probe)
-            assert probe_conv is not None
-            _randomise(probe_conv, probe_norm)
-            state = copy.deepcopy((probe_conv, probe_norm))
-            expected = _fingerprint(probe, kernel_size)
-        except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            raise refusal(f"it failed on a 5-channel map ({error!r})") from error
-        with torch.random.fork_rng(devices=[]):  # the candidates draw weights nobody keeps
-            for order, output, ties in itertools.product(ORDERS, OUTPUTS, TIES):
-                options: dict[str, Any] = {"order": order, "output": output, "ties": ties}
-                built = cls(kernel_size, bias=conv.bias is not None, norm=norm is not None, **options)
-                candidate = copy.deepcopy(built)
-                candidate.backend = "reference"
-                candidate._copy_from(*state)
-                if _agree(_fingerprint(candidate, kernel_size), expected):
-                    built._copy_from(conv, norm)
-                    built.train(module.training)
-                    if norm is not None:
-                        built.bn.train(norm.training)  # type: ignore[union-attr]
-                    return built
-        raise refusal(
-            "with its weights no order, output and tie policy of attnk.SpatialAttention gives its values and gradients"
+        def build(options: dict[str, Any], source: nn.Module, backend: str | None = None) -> "SpatialAttention":
+            conv, norm, _ = _conv_and_norm(source)
+            assert conv is not None
+            built = cls(kernel_size, bias=conv.bias is not None, norm=norm is not None, backend=backend, **options)
+            built._copy_from(conv, norm)
+            return built
+
+        side = min(kernel_size, 9) + 2
+        options = recognise(
+            module,
+            what,
+            probe_map(3, 5, side, side + 1),
+            lambda options, probe: build(options, probe, "reference"),
+            {"order": ORDERS, "output": OUTPUTS, "ties": TIES},
+            "order, output and tie policy of attnk.SpatialAttention",
         )
+        with torch.random.fork_rng(devices=[]):  # what is drawn is written over
+            built = build(options, module).train(module.training)
+        if norm is not None:
+            built.bn.train(norm.training)  # type: ignore[union-attr]
+        return built
 
     def _copy_from(self, conv: nn.Conv2d, norm: _BatchNorm | None) -> None:
         self.to(conv.weight.device, conv.weight.dtype)
-        self.conv1.load_state_dict(conv.state_dict())
-        for mine, theirs in zip(self.conv1.parameters(), conv.parameters(), strict=True):
-            mine.requires_grad_(theirs.requires_grad)
+        copy_layer(self.conv1, conv)
         if norm is not None:
-            self.bn = _plain_batch_norm(norm)
-
-
-def _plain_batch_norm(norm: _BatchNorm) -> nn.Module:
-    """A copy of a batch norm in PyTorch's own class, so that nothing of another library is taken along."""
-    plain: nn.Module = nn.BatchNorm2d(1, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
-    if isinstance(norm, nn.SyncBatchNorm):
-        plain = nn.SyncBatchNorm.convert_sync_batchnorm(plain, norm.process_group)
-    for tensor in (*norm.parameters(), *norm.buffers()):
-        if tensor.is_floating_point():
-            plain.to(tensor.device, tensor.dtype)
-    plain.load_state_dict(norm.state_dict())
-    for mine, theirs in zip(plain.parameters(), norm.parameters(), strict=True):
-        mine.requires_grad_(theirs.requires_grad)
-    return plain.train(norm.training)
-
-
-def fold_batch_norm(
-    weight: torch.Tensor, bias: torch.Tensor | None, norm: _BatchNorm
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight and bias of the one convolution that equals a convolution and a batch norm in evaluation mode.
-
-    Args:
-        weight: (1, 2, k, k).
-        bias: (1,) or None.
-        norm: a batch norm of one channel with running statistics.
-
-    Returns:
-        The folded weight (1, 2, k, k) and bias (1,), differentiable.
-    """
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    scale = torch.rsqrt(norm.running_var.to(dtype) + norm.eps)
-    if norm.weight is not None:
-        scale = scale * norm.weight
-    shift = (-norm.running_mean if bias is None else bias - norm.running_mean) * scale
-    if norm.bias is not None:
-        shift = shift + norm.bias
-    return (weight * scale).to(weight.dtype), shift.to(weight.dtype)
-
-
-def _rename(state_dict: dict, prefix: str, names: Any, wanted: str) -> None:
-    for name in names:
-        start = f"{prefix}{name}."
-        for key in [key for key in state_dict if key.startswith(start)]:
-            leaf = key.removeprefix(start)
-            if "." not in leaf and f"{prefix}{wanted}.{leaf}" not in state_dict:
-                state_dict[f"{prefix}{wanted}.{leaf}"] = state_dict.pop(key)
+            self.bn = plain_batch_norm(norm)
 
 
 def _conv_and_norm(module: nn.Module) -> tuple[nn.Conv2d | None, _BatchNorm | None, tuple[int, int]]:
@@ -260,35 +217,3 @@ def _conv_and_norm(module: nn.Module) -> tuple[nn.Conv2d | None, _BatchNorm | No
     convs = [part for part in module.modules() if isinstance(part, nn.Conv2d)]
     norms = [part for part in module.modules() if isinstance(part, _BatchNorm)]
     return convs[0] if convs else None, norms[0] if norms else None, (len(convs), len(norms))
-
-
-@torch.no_grad()
-def _randomise(conv: nn.Conv2d, norm: _BatchNorm | None) -> None:
-    generator = torch.Generator().manual_seed(0)
-    parameters = [*conv.parameters(), *([] if norm is None else norm.parameters())]
-    for parameter in parameters:
-        parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) / 3)
-    if norm is not None and norm.running_mean is not None and norm.running_var is not None:
-        norm.running_mean.fill_(0.3)
-        norm.running_var.fill_(0.7)
-
-
-def _fingerprint(module: nn.Module, kernel_size: int) -> list[torch.Tensor]:
-    """Values, gradients and buffers of a float64 module, in evaluation and in training, on a map full of ties."""
-    generator = torch.Generator().manual_seed(1)
-    side = min(kernel_size, 9) + 2
-    shape = (3, 5, side, side + 1)
-    x = torch.randint(-4, 5, shape, generator=generator).double().requires_grad_()
-    prints = []
-    for training in (False, True):
-        out = module.train(training)(x)
-        dout = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape)
-        prints += [out.detach(), *torch.autograd.grad(out, x, dout)]
-    return prints + [buffer.double() for buffer in module.buffers()]
-
-
-def _agree(some: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
-    return len(some) == len(others) and all(
-        one.shape == other.shape and torch.allclose(one, other, rtol=1e-9, atol=1e-9)
-        for one, other in zip(some, others, strict=True)
-    )

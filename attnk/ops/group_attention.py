@@ -1,5 +1,6 @@
 """Group attention as an operation: rows, columns, windows; ``attnk.axial_attention``, ``attnk.window_attention``."""
 
+import functools
 import math
 from collections.abc import Sequence
 from types import ModuleType
@@ -19,6 +20,7 @@ from ._calls import autocast_is_on, implementation_scope, is_plain
 from ._checks import FLOAT_DTYPES, check_choice
 from ._flops import announce_flops, declare_flops
 from ._vmap import each_example, fold_examples
+from ._watch import tell, watchers
 from .softmax_attention import softmax_attention
 
 LAYOUTS = ("row", "column", "window", "sum", "criss_cross")
@@ -177,6 +179,13 @@ def group_attention(
             seed=seed, backend=backend,
         ).squeeze(0)  # fmt: skip
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if watchers:
+        attend = functools.partial(
+            group_attention, layout=layout, window=window, shift=shift, dilation=dilation, span=span,
+            mask_value=mask_value, scale=scale,
+        )  # fmt: skip
+        table = tables if layout in ("sum", "criss_cross") else tables[0]
+        tell("group_attention", q=q, k=k, attend=attend, bias=bias, bias_table=table)
     if 0 in (*q.shape, *v.shape):
         return _empty(q, k, v, bias, *tables)
     if dropout_p > 0 and seed is None:

@@ -1,5 +1,6 @@
 """Linear attention as an operation: checks, dispatch, torch.library, autograd, ``attnk.linear_attention``."""
 
+import functools
 import math
 from collections.abc import Sequence
 from types import ModuleType
@@ -17,6 +18,7 @@ from ._calls import autocast_is_on, implementation_scope, is_plain
 from ._checks import FLOAT_DTYPES, check_choice
 from ._flops import announce_flops, declare_flops
 from ._vmap import fold_examples
+from ._watch import tell, watchers
 
 FEATURE_MAPS = ("relu", "elu", "softmax")
 PUBLISHED_EPS = {"relu": 1e-15, "elu": 1e-6, "softmax": 0.0}
@@ -76,6 +78,10 @@ def linear_attention(
     without_batch = q.dim() == 3
     if without_batch:
         q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
+    if watchers:
+        attend_eps = None if feature_map == "softmax" else eps
+        attend = functools.partial(linear_attention, feature_map=feature_map, eps=attend_eps)
+        tell("linear_attention", q=q, k=k, attend=attend)
     if 0 in (*q.shape, *v.shape):  # of empty tensors the definition is as fast
         chosen = "reference"
     out = _run(q, k, v, feature_map, eps, chosen)

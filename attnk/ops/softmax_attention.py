@@ -16,6 +16,7 @@ from ._calls import autocast_is_on, implementation_scope, is_plain
 from ._checks import FLOAT_DTYPES
 from ._flops import announce_flops, declare_flops
 from ._vmap import each_example, fold_examples
+from ._watch import tell, watchers
 
 MAX_HEAD_DIM = 256  # the widest head that the kernels hold in registers
 MAX_FLOAT64_HEAD_DIM = 128  # of float64, on a GPU
@@ -129,6 +130,9 @@ def softmax_attention(
     if without_batch:
         q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if watchers:
+        terms = {"bias": bias, "mask": mask, "bias_table": bias_table, "grid": grid, "is_causal": is_causal}
+        tell("softmax_attention", q=q, k=k, scale=scale, **terms)
     if chosen == "reference" or 0 in (*q.shape, *v.shape):  # of empty tensors the definition is as fast
         keep = _reference_keep(q, k, dropout_p, seed)
         out, lse = softmax_attention_reference(

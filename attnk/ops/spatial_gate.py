@@ -15,6 +15,7 @@ from ._calls import autocast_is_on, implementation_scope, is_plain
 from ._checks import check_choice, check_feature_map, check_parameter
 from ._flops import announce_flops, declare_flops
 from ._vmap import each_example, fold_examples
+from ._watch import tell, watchers
 
 ORDERS = ("avg_max", "max_avg")
 OUTPUTS = ("gated", "map", "residual", "logit")
@@ -65,6 +66,8 @@ def spatial_gate(
     """
     _check(x, weight, bias, order, output, ties)
     chosen, _ = dispatch.choose("spatial_gate", backend, x, unsupported, weight)
+    if watchers and output != "logit":
+        tell("spatial_gate", gate=lambda: spatial_gate(x, weight, bias, order=order, output="map", backend=backend))
     if x.dim() == 3:
         return _run(x.unsqueeze(0), weight, bias, order, output, ties, chosen).squeeze(0)
     return _run(x, weight, bias, order, output, ties, chosen)
@@ -121,6 +124,11 @@ def _check(
     check_choice("output", output, OUTPUTS)
     check_choice("ties", ties, TIES)
     check_feature_map("x", x)
+    check_convolution(x, weight, bias)
+
+
+def check_convolution(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """Raise unless weight and bias are those of a spatial gate's convolution."""
     check_parameter("weight", weight, x)
     shape = weight.shape
     if len(shape) != 4 or shape[:2] != (1, 2) or shape[2] != shape[3] or shape[2] % 2 == 0:

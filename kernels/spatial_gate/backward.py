@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from ..tiles import (
+    addressable,
     is_whole,
     load_tile,
     load_tile_once,
@@ -17,7 +18,7 @@ from ..tiles import (
     tile_stride,
 )
 from ..tuning import DWEIGHT_BLOCK, DWEIGHT_MAX_SLABS, DWEIGHT_SLAB_BLOCKS, FRAME_BLOCK, SpatialGateConfig
-from .common import NO_INDEX, addressable, framed_empty, framed_position, plan, zero_frame
+from .common import NO_INDEX, framed_empty, framed_position, plan, zero_frame
 
 
 @triton.jit
@@ -401,6 +402,39 @@ def _spatial_gate_bwd_dweight_sum_kernel(
         tl.store(dbias_ptr + lane * 0, total.to(dbias_ptr.dtype.element_ty), mask=lane == 2 * KERNEL)
 
 
+def weight_gradient(
+    dz: torch.Tensor, maps: torch.Tensor, weight: torch.Tensor, order: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch the sums over pixels that are dweight, with the strides of weight, and dbias (1,).
+
+    Args:
+        dz: (B, H + k - 1, W + k - 1, 1), framed.
+        maps: (B, H + k - 1, W + k - 1, 2), framed.
+        weight, order: as in the forward.
+    """
+    kernel = weight.shape[-1]
+    lanes = triton.next_power_of_2(2 * kernel + 1)
+    batch, height, width = (size - frame for size, frame in zip(dz.shape, (0, kernel - 1, kernel - 1), strict=False))
+    block = min(DWEIGHT_BLOCK, triton.next_power_of_2(width))
+    n_row_blocks = triton.cdiv(width, block)
+    n_blocks = batch * height * n_row_blocks
+    slabs = min(DWEIGHT_MAX_SLABS, triton.next_power_of_2(triton.cdiv(n_blocks, DWEIGHT_SLAB_BLOCKS)))
+    partials = torch.empty((slabs, kernel, lanes), dtype=dz.dtype, device=dz.device)
+    dweight = torch.empty_like(weight)
+    dbias = torch.empty(1, dtype=weight.dtype, device=weight.device)
+    _spatial_gate_bwd_dweight_kernel[(slabs * kernel,)](
+        dz, maps, partials,
+        n_blocks, n_row_blocks, height, width, slabs,
+        KERNEL=kernel, LANES=lanes, BLOCK=block, num_warps=4 if block > 16 else 1,
+    )  # fmt: skip
+    _spatial_gate_bwd_dweight_sum_kernel[(kernel,)](
+        partials, dweight, dbias,
+        *dweight.stride()[1:],
+        KERNEL=kernel, LANES=lanes, AVG_FIRST=order == "avg_max", SLABS=slabs,
+    )  # fmt: skip
+    return dweight, dbias
+
+
 def spatial_gate_backward(
     dout: torch.Tensor,
     x: torch.Tensor | None,
@@ -487,21 +521,5 @@ def spatial_gate_backward(
                 **gate_options, **ties_options, **options,
             )  # fmt: skip
     if needs_dweight:
-        block = min(DWEIGHT_BLOCK, triton.next_power_of_2(width))
-        n_row_blocks = triton.cdiv(width, block)
-        n_blocks = batch * height * n_row_blocks
-        slabs = min(DWEIGHT_MAX_SLABS, triton.next_power_of_2(triton.cdiv(n_blocks, DWEIGHT_SLAB_BLOCKS)))
-        partials = torch.empty((slabs, kernel, gate_options["LANES"]), dtype=dz.dtype, device=dz.device)
-        dweight = torch.empty_like(weight)
-        dbias = torch.empty(1, dtype=weight.dtype, device=weight.device)
-        _spatial_gate_bwd_dweight_kernel[(slabs * kernel,)](
-            dz, maps, partials,
-            n_blocks, n_row_blocks, height, width, slabs,
-            KERNEL=kernel, LANES=gate_options["LANES"], BLOCK=block, num_warps=4 if block > 16 else 1,
-        )  # fmt: skip
-        _spatial_gate_bwd_dweight_sum_kernel[(kernel,)](
-            partials, dweight, dbias,
-            *dweight.stride()[1:],
-            **gate_options, SLABS=slabs,
-        )  # fmt: skip
+        dweight, dbias = weight_gradient(dz, maps, weight, order)
     return dx, dweight, dbias

@@ -42,20 +42,6 @@ def zero_frame(ptr, height, width, RADIUS: tl.constexpr, VALUES: tl.constexpr, F
             tl.store(ptr + position, zeros, mask=offs < 2 * edge + gaps)
 
 
-def addressable(x: torch.Tensor, channels_last: bool) -> tuple[torch.Tensor, tuple[int, int]]:
-    """A (B, C, H, W) tensor and its (batch, outer) strides; a copy where the pixels of a plane do not lie in a row."""
-    _, channels, height, width = x.shape
-    stride_b, stride_c, stride_h, stride_w = x.stride()
-    if channels_last:
-        if (stride_c == 1 or channels == 1) and (stride_h == width * stride_w or height == 1):
-            return x, (stride_b, stride_h if width == 1 else stride_w)
-        x = x.contiguous(memory_format=torch.channels_last)
-        return x, (channels * height * width, channels)
-    if (stride_w == 1 or width == 1) and (stride_h == width or height == 1):
-        return x, (stride_b, stride_c)
-    return x.contiguous(), (channels * height * width, height * width)
-
-
 def plan(
     like: torch.Tensor, channels: int, height: int, width: int, strides: tuple[int, ...], channels_last: bool,
     config: SpatialGateConfig | None,

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from ..tiles import (
+    addressable,
     is_whole,
     load_tile,
     load_tile_once,
@@ -18,7 +19,7 @@ from ..tiles import (
     tile_stride,
 )
 from ..tuning import FRAME_BLOCK, SpatialGateConfig
-from .common import NO_INDEX, addressable, framed_empty, framed_position, plan, sigmoid, zero_frame
+from .common import NO_INDEX, framed_empty, framed_position, plan, sigmoid, zero_frame
 
 
 @triton.jit
