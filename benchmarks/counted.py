@@ -142,5 +142,21 @@ def peak_memory(timed: Any, device: str) -> int:
     return peak
 
 
+def kept_memory(provider: Provider, inputs: tuple[torch.Tensor, ...]) -> int:
+    """Bytes that a forward keeps for the backward, but for the inputs, the parameters and the output."""
+    kept: list[torch.Tensor] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.detach())  # a reference would be freed and its address used again
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = provider.forward(inputs)
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
+    for tensor in (*inputs, *provider.parameters, out):
+        storages.pop(tensor.untyped_storage().data_ptr(), None)
+    return sum(storages.values())
+
+
 if __name__ == "__main__":
     print(json.dumps(_metered(*sys.argv[1:])))

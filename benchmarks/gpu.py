@@ -28,7 +28,7 @@ Step = tuple[str, str]  # part, operation; the tests are of all operations
 
 def main() -> None:
     """Run the parts and operations that the command line names, or all."""
-    ops = harness.operations()
+    ops = [*harness.operations(), *harness.NETWORKS]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", help=f"of {', '.join((*SHARES, *ops))}; all by default")
     parser.add_argument("--again", action="store_true", help="also parts that are complete, from their start")
@@ -67,10 +67,11 @@ def main() -> None:
 
 
 def steps(what: list[str], ops: list[str]) -> list[Step]:
-    """What to run, in order: the parts named, or all, of the operations named, or all."""
+    """What to run, in order: the parts named, or all, of the operations and networks named, or all."""
     parts = [part for part in SHARES if part in what] or list(SHARES)
     chosen = [op for op in ops if op in what] or ops
-    return [(part, op) for part in parts for op in (("",) if part == "tests" else chosen)]
+    of_part = {"tests": [""], "tune": [op for op in chosen if op not in harness.NETWORKS], "bench": chosen}
+    return [(part, op) for part in parts for op in of_part[part]]
 
 
 def share(left: list[Step], seconds: float) -> float:

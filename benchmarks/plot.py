@@ -24,6 +24,7 @@ COLOURS = {
     "attnk": "#2a6fbb",
     "attnk, two launches": "#2a6fbb",
     "attnk, one launch": "#123a63",
+    "attnk, torch.compile": "#123a63",
 }
 LIGHT = ("tutorial", "torch.compile", "sdpa efficient", "sdpa math")  # what dark letters are read on
 TIMES = "times as fast as\nthe tutorials' code"

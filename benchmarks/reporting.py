@@ -19,6 +19,7 @@ from attnk import dispatch
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")  # that kernels are compiled for
 compiled_cases: set[Case] = set()  # of the group gpu, in which compilers take part
+KEPT = "kept for backward"  # a pass of the group memory
 CALLS = 100  # of one function between two looks at the clock, where a call takes microseconds
 
 
@@ -120,8 +121,7 @@ def time_one(benchmark: Any, case: Case, which: str, provider: str, compiled: bo
         if harness.only_compiles:
             compile_one(case, which, provider, compiled)
             return
-        if any((fields | {"group": group}).items() <= known.items() for known in harness.RECORDS):
-            pytest.skip("measured already, and --resume")
+        skip_known(group, fields)
         if torch.cuda.get_device_properties(0).total_memory < case.needed_memory:
             pytest.skip(f"needs {case.needed_memory >> 30} GiB of memory")
     results = measured(case, which, compiled, budget)
@@ -133,14 +133,24 @@ def time_one(benchmark: Any, case: Case, which: str, provider: str, compiled: bo
         pytest.skip(str(seconds))
     if isinstance(seconds, RuntimeError):
         raise seconds
-    replay(benchmark, seconds)
-    numbers = harness.summary(seconds)
-    fields |= {**numbers, "rounds": len(seconds)}
-    tutorial = harness.summary(next(iter(results.values())))["median_us"]
-    fields["times_tutorial"] = round(tutorial / numbers["median_us"], 3)
+    fields |= timed_fields(benchmark, results, provider)
     if group == "gpu":
-        fields |= case.rates(which, provider, numbers["median_us"] / 1e6, copy_bandwidth())
+        fields |= case.rates(which, provider, fields["median_us"] / 1e6, copy_bandwidth())
     note(benchmark, group, **fields)
+
+
+def skip_known(group: str, fields: dict[str, Any]) -> None:
+    """Skip what an earlier run measured, with --resume."""
+    if any((fields | {"group": group}).items() <= known.items() for known in harness.RECORDS):
+        pytest.skip("measured already, and --resume")
+
+
+def timed_fields(benchmark: Any, results: dict[str, Any], provider: str) -> dict[str, Any]:
+    """Replay a provider's seconds, and what they are as columns: beside those of the first provider there is."""
+    replay(benchmark, results[provider])
+    numbers = harness.summary(results[provider])
+    first = harness.summary(next(iter(results.values())))["median_us"]
+    return {**numbers, "rounds": len(results[provider]), "times_tutorial": round(first / numbers["median_us"], 3)}
 
 
 def compile_one(case: Case, which: str, provider: str, compiled: bool) -> None:
@@ -212,16 +222,21 @@ def report_io(benchmark: Any, case: Case, provider: str, quick: bool) -> dict[st
 def report_memory(benchmark: Any, case: Case, provider: str, which: str, compiled: bool = False) -> int:
     """Count and report the peak of what a pass of a provider allocates; a provider is named by how its name begins.
 
+    The pass KEPT is what its forward leaves for its backward, inputs, parameters and output not counted.
+
     Returns:
-        The peak in bytes.
+        The bytes.
     """
     found = case.providers(compiled)
     inputs, dout = case.inputs()
     chosen = next(value for name, value in found.items() if name.startswith(provider))
-    _, timed = harness.work(chosen, inputs, dout, which)
-    if compiled or case.device == "cuda":  # what only a first call allocates
-        timed(None)
-    call = functools.partial(counted.peak_memory, functools.partial(timed, None), case.device)
+    if which == KEPT:
+        call = functools.partial(counted.kept_memory, chosen, inputs)
+    else:
+        _, timed = harness.work(chosen, inputs, dout, which)
+        if compiled or case.device == "cuda":  # what only a first call allocates
+            timed(None)
+        call = functools.partial(counted.peak_memory, functools.partial(timed, None), case.device)
     peak = benchmark.pedantic(call, rounds=1) if benchmark.stats is None else call()
     fields = {**case.fields(), "pass": which, "provider": provider}
     fields |= {"peak_S": round(peak / case.size, 3), "peak_mib": round(peak / 2**20, 2)}

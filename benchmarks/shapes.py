@@ -15,6 +15,7 @@ QUICK_IO_SHAPE = (1, 64, 8, 8)
 
 AOT_SHAPE = (8, 64, 56, 56)
 OVERHEAD_SHAPE = (1, 8, 8, 8)
+GATE_OVERHEAD_SHAPE = (1, 16, 8, 8)  # of gates that reduce 16 channels to one
 
 
 def stages() -> list[tuple[int, int, int, int]]:

@@ -105,7 +105,8 @@ def _times(records: Records) -> list[str]:
             return "refused"
         percent = f" {record['percent_of_copy']:.0f}%" if "percent_of_copy" in record else ""
         flops = f" {record['tflops']:.0f}T" if "tflops" in record else ""
-        return f"{record['median_us'] / 1e3:.3f} ({record['times_tutorial']:.2f}x{percent}{flops})"
+        gates = f" gates {record['gates_percent']:.0f}%" if "gates_percent" in record else ""
+        return f"{record['median_us'] / 1e3:.3f} ({record['times_tutorial']:.2f}x{percent}{flops}{gates})"
 
     columns, rows = pivot(records, ("pass",), "provider", cell)
     return table(("", *columns), rows)

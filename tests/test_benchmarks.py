@@ -13,7 +13,17 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-OPS = ("spatial_gate", "axial_attention", "linear_attention", "softmax_attention", "window_attention")
+OPS = (
+    "spatial_gate",
+    "axial_attention",
+    "cbam",
+    "channel_gate",
+    "coordinate_gate",
+    "linear_attention",
+    "softmax_attention",
+    "window_attention",
+)
+GATES = {"channel_gate": "ChannelGateCase", "cbam": "CbamCase", "coordinate_gate": "CoordinateGateCase"}
 
 
 @pytest.fixture(autouse=True)
@@ -87,6 +97,50 @@ def test_io_table_of_the_spatial_gate_is_plausible(quick_run, harness):
     for key, expected in whole.items():
         for number, least in zip(found[key], expected, strict=True):
             assert least < number < least + 1, (key, found[key])
+
+
+@pytest.mark.parametrize(
+    ("op", "kind", "eager", "kernels"),
+    [
+        ("channel_gate", "SE", (3, 10), None),
+        ("channel_gate", "avg + max", (4, 15), (3, 4)),
+        ("cbam", "CBAM", (8, 29), (4, 5)),
+        ("coordinate_gate", "coordinate", (6, 22), (3, 4)),
+    ],
+)
+def test_io_tables_of_gates_are_plausible(quick_run, harness, op, kind, eager, kernels):
+    path, output = quick_run
+    assert f"{op}: io, counted" in output
+    records = [record for record in records_of(harness, path, op, "io") if record["case"] == kind]
+    found = {record["provider"]: (record["forward_S"], record["backward_S"]) for record in records}
+    assert found.keys() == ({"tutorial", "attnk"} if kernels else {"tutorial"})
+    for provider, expected in (("tutorial", eager), ("attnk", kernels)):
+        for number, least in zip(found.get(provider, ()), expected or (), strict=True):
+            most = (
+                4 if op == "coordinate_gate" and provider == "tutorial" else 2
+            )  # a side of 8: a plane has 8 x 8 pixels
+            assert least <= number < least + most, (provider, found)
+
+
+@pytest.mark.parametrize(("op", "eager"), [("channel_gate", 0), ("cbam", 1), ("coordinate_gate", 1)])
+def test_gates_keep_no_map(quick_run, harness, op, eager):
+    """Besides x; the usual code of two gates keeps x times one of them."""
+    records = records_of(harness, quick_run[0], op, "memory")
+    kept = [record for record in records if record["pass"] == "kept for backward"]
+    assert {record["provider"] for record in kept} == {"tutorial", "attnk"}
+    for record in kept:
+        least = eager if record["provider"] == "tutorial" else 0
+        assert least <= record["peak_S"] < least + 0.25, record
+
+
+def test_the_gates_share_of_a_network_is_told(quick_run, harness):
+    path, output = quick_run
+    assert "resnet50: cpu, measured" in output
+    records = records_of(harness, path, "resnet50", "cpu")
+    assert {record["provider"] for record in records} == {"tutorial", "attnk", "without gates"}
+    for record in records:
+        assert record["median_us"] > 0
+        assert ("gates_percent" in record) == (record["provider"] != "without gates")
 
 
 def test_io_table_of_softmax_attention_is_plausible(quick_run, harness):
@@ -180,7 +234,7 @@ def test_pictures(quick_run, harness, tmp_path):
     plot = importlib.import_module("plot")
 
     drawn = plot.draw(quick_run[0], tmp_path / "results.png")
-    assert {png.name for png in drawn} == {f"results_{op}.png" for op in OPS}
+    assert {png.name for png in drawn} == {f"results_{op}.png" for op in (*OPS, *harness.NETWORKS)}
     for png in drawn:
         assert png.read_bytes().startswith(b"\x89PNG")
 
@@ -225,6 +279,60 @@ def test_results_that_name_no_operation_are_still_drawn(harness, tmp_path):
 def test_right_gates_pass(harness, gate, output, channels_last):
     case = gate.SpatialGateCase((2, 8, 9, 7), output, channels_last=channels_last)
     harness.check(case, case.providers(compiled=False), *case.inputs())
+
+
+def network_gates(harness):
+    """A small case of every kind of gate that has a network inside, by operation and kind."""
+    found = {}
+    for op, name in GATES.items():
+        case = getattr(harness.cases_of(op), name)
+        found |= {(op, kind): case((2, 32, 9, 7), kind) for kind in case.kinds}
+    return found
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("number", range(5))
+def test_right_gates_with_a_network_pass(harness, number, channels_last):
+    case = dataclasses.replace(list(network_gates(harness).values())[number], channels_last=channels_last)
+    found = case.providers(compiled=False)
+    assert list(found) == ["tutorial", "attnk"]
+    harness.check(case, found, *case.inputs())
+
+
+def with_another_gradient(module, x):
+    """That of one weight is off by 1 %."""
+    if torch.is_grad_enabled():
+        module.fc[0].weight.register_hook(lambda grad: 1.01 * grad)
+    return module(x)
+
+
+@pytest.mark.parametrize(
+    ("op", "name", "spoil"),
+    [
+        ("channel_gate", "out", lambda call, x: call(x) * (1 + 1e-4)),
+        ("channel_gate", "dx", lambda call, x: call(x) + 1e-3 * (x - x.detach())),
+        ("channel_gate", "dmlp.1.weight", with_another_gradient),
+        ("cbam", "out", lambda call, x: call(x.flip(1))),
+        ("cbam", "dx", lambda call, x: call(x.detach()) + 0 * x),
+        ("coordinate_gate", "out without grad", lambda call, x: call(x) + (0 if torch.is_grad_enabled() else 1e-3)),
+        ("coordinate_gate", "dx", lambda call, x: call(x) + 1e-3 * (x - x.detach())),
+    ],
+)
+def test_a_wrong_gate_with_a_network_is_refused(harness, op, name, spoil):
+    case = next(case for (stem, _), case in network_gates(harness).items() if stem == op)
+    found = spoiled(case.providers(compiled=False), spoil)
+    with pytest.raises(harness.WrongResult, match=f"attnk: .*{name}"):
+        harness.check(case, found, *case.inputs())
+
+
+def test_a_wrong_network_is_refused(harness):
+    cases = importlib.import_module("resnet50_cases")
+    steps = cases.Resnet50Case("SE", 2, 64).steps(compiled=False)
+    cases.check(steps)
+    with torch.no_grad():
+        steps["attnk"].network.blocks[3].gate.fc[2].bias += 0.1
+    with pytest.raises(harness.WrongResult, match="attnk in float64: logits"):
+        cases.check(steps)
 
 
 def attention_cases(attention):
@@ -487,6 +595,7 @@ def test_results_file_round_trip(harness, tmp_path):
 
 def test_every_operation_has_cases(harness):
     assert harness.operations() == list(OPS)
+    assert harness.NETWORKS == ("resnet50",)
     for op in OPS:
         cases = harness.cases_of(op)
         assert cases.tuned_cases()
@@ -505,9 +614,10 @@ def test_gpu_command_says_what_it_needs():
 
 def test_gpu_steps_share_the_time(harness):
     gpu = importlib.import_module("gpu")
-    ops = list(OPS)
+    ops = [*OPS, *harness.NETWORKS]
     everything = gpu.steps([], ops)
-    assert everything == [("tests", ""), *((part, op) for part in ("tune", "bench") for op in ops)]
+    assert everything == [("tests", ""), *(("tune", op) for op in OPS), *(("bench", op) for op in ops)]
+    assert gpu.steps(["resnet50"], ops) == [("tests", ""), ("bench", "resnet50")]
     assert gpu.steps(["bench", "softmax_attention"], ops) == [("bench", "softmax_attention")]
     steps = [("tests", ""), ("tune", "softmax_attention"), ("bench", "softmax_attention")]
     assert gpu.steps(["softmax_attention"], ops) == steps
@@ -515,13 +625,13 @@ def test_gpu_steps_share_the_time(harness):
     left, total = 480.0, 0.0
     for position in range(len(everything)):
         seconds = gpu.share(everything[position:], left - total)
-        assert seconds > 30
+        assert seconds > 15
         total += seconds
     assert total == pytest.approx(480)
     assert gpu.share(everything, -1) == 0
     names = [gpu.path_of(Path("results"), step).name for step in everything]
     assert names[0] == "tests.json"
-    assert names[-1] == "window_attention_bench.json"
+    assert names[-1] == "resnet50_bench.json"
 
 
 # Tuning
@@ -649,6 +759,34 @@ def test_the_gate_is_swept(harness, gate):
     names = {"SpatialGateConfig": SpatialGateConfig, "SpatialGateRow": SpatialGateRow}
     row = eval(tuning.row({"config": others[0]}).rstrip(","), names)
     assert row == SpatialGateRow(False, 8, 128, others[0])
+
+
+@interpreted
+@pytest.mark.parametrize("op", GATES)
+def test_gates_with_a_network_are_swept(harness, op):
+    from attnk.kernels import tuning as tables
+
+    cases = harness.cases_of(op)
+    kind = next(kind for stem, kind in network_gates(harness) if stem == op)
+    case = getattr(cases, GATES[op])((2, 16, 8, 16), kind, channels_last=True)
+    tuning = cases.Tuning(case)
+    start = tuning.start["config"]
+    others = [config for config in tuning.candidates("config", start) if config != start]
+    assert len(others) >= 5
+    expected = tuning.results(tuning.start)
+    assert {"out", "dx"} < expected.keys()
+    for config in (others[0], others[-1]):
+        got = tuning.results({"config": config})
+        for name, want in expected.items():
+            torch.testing.assert_close(got[name], want, msg=lambda text, name=name: f"{name}: {text}")
+    for part, (prepare, timed) in tuning.works("config", {"config": others[0]}).items():
+        with harness.captured_launches() as launches:
+            timed(prepare())
+        assert any(name.startswith(f"_{op}_{part[:1]}") for name, _ in launches)
+    row = eval(tuning.row({"config": others[0]}).rstrip(","), vars(tables))
+    assert row.config == others[0]
+    assert row.channels_last
+    assert row.itemsize >= 4
 
 
 @interpreted

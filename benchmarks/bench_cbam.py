@@ -1,0 +1,15 @@
+"""CBAM: bytes, memory, compilation, host overhead, time on a CPU and on a GPU."""
+
+from cbam_cases import CbamCase as GATE
+from gate_benchmarks import pytest_generate_tests, test_aot, test_cpu, test_gpu, test_io, test_memory, test_overhead
+
+__all__ = [
+    "GATE",
+    "pytest_generate_tests",
+    "test_aot",
+    "test_cpu",
+    "test_gpu",
+    "test_io",
+    "test_memory",
+    "test_overhead",
+]
