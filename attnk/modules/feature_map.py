@@ -11,6 +11,7 @@ from attnk import dispatch
 from attnk.modules._checks import backend_repr, check_heads, check_sizes, check_tensor
 from attnk.modules.position import resize_grid
 from attnk.ops._checks import check_feature_map
+from attnk.ops._watch import tell, watchers
 from attnk.ops.softmax_attention import softmax_attention
 
 
@@ -53,23 +54,28 @@ class FeatureMapAttention(nn.Module):
         Raises:
             ValueError, TypeError: a shape that does not fit, or what the layer raises; the message names it.
         """
-        check_feature_map("x", x)
-        maps = x if x.dim() == 4 else x.unsqueeze(0)
-        height, width = maps.shape[2:]
-        tokens = maps.flatten(2).transpose(1, 2)
-        if self.position is not None:
-            position = self.position(height, width)
-            if position.shape not in (tokens.shape[1:], (1, *tokens.shape[1:])):
-                needed = f"(N, C) or (1, N, C) with N = {height * width}, C = {tokens.shape[2]}"
-                raise ValueError(f"position must return {needed}, got {tuple(position.shape)}")
-            tokens = tokens + position.to(tokens.dtype)
-        out = self.layer(tokens, **options)
-        if not isinstance(out, torch.Tensor):
-            raise TypeError(f"layer must return a tensor, got {type(out).__name__}")
-        if out.shape != tokens.shape:
-            raise ValueError(f"layer must return tokens of shape {tuple(tokens.shape)}, got {tuple(out.shape)}")
-        out = out.transpose(1, 2).unflatten(2, (height, width)).contiguous(memory_format=_memory_format(maps))
-        return out if x.dim() == 4 else out.squeeze(0)
+        return attend_pixels(self.layer, x, self.position, **options)
+
+
+def attend_pixels(layer: nn.Module, x: torch.Tensor, position: nn.Module | None = None, **options: Any) -> torch.Tensor:
+    """What ``FeatureMapAttention(layer, position=position)`` makes of x, for those who hold the layer themselves."""
+    check_feature_map("x", x)
+    maps = x if x.dim() == 4 else x.unsqueeze(0)
+    height, width = maps.shape[2:]
+    tokens = maps.flatten(2).transpose(1, 2)
+    if position is not None:
+        encoding = position(height, width)
+        if encoding.shape not in (tokens.shape[1:], (1, *tokens.shape[1:])):
+            needed = f"(N, C) or (1, N, C) with N = {height * width}, C = {tokens.shape[2]}"
+            raise ValueError(f"position must return {needed}, got {tuple(encoding.shape)}")
+        tokens = tokens + encoding.to(tokens.dtype)
+    out = layer(tokens, **options)
+    if not isinstance(out, torch.Tensor):
+        raise TypeError(f"layer must return a tensor, got {type(out).__name__}")
+    if out.shape != tokens.shape:
+        raise ValueError(f"layer must return tokens of shape {tuple(tokens.shape)}, got {tuple(out.shape)}")
+    out = out.transpose(1, 2).unflatten(2, (height, width)).contiguous(memory_format=_memory_format(maps))
+    return out if x.dim() == 4 else out.squeeze(0)
 
 
 class SAGANAttention(nn.Module):
@@ -200,6 +206,8 @@ class AttentionPool2d(nn.Module):
         logits = torch.cat([asked @ mean.unsqueeze(2), asked @ pixels], 2) + asked @ position.mT  # (B, heads, N + 1)
         logits = logits + (q * key_bias).sum(2, keepdim=True)  # moves no weight, but has a gradient, of zeros
         weights = logits.softmax(2)
+        if watchers:
+            tell("attention_weights", weights=weights.unsqueeze(2))
         answer = weights[..., :1] * mean.unsqueeze(1) + weights[..., 1:] @ pixels.mT + weights @ position
         answer = torch.einsum("bhc,hdc->bhd", answer, value_weight) + value_bias
         out = self.c_proj(answer.flatten(1))
