@@ -9,6 +9,7 @@ from torch import nn
 
 import attnk
 from attnk import models
+from attnk.dispatch import INTERPRETED
 from attnk.inspect.overlay import as_picture
 
 BACKENDS = ["auto", "torch", "reference"]
@@ -313,6 +314,28 @@ def test_memory_is_that_of_the_tokens():
         only(maps).rows([0, 5, 7])
     largest = max(event.self_cpu_memory_usage / max(event.count, 1) for event in profiler.key_averages())
     assert largest < tokens**2 * 4 / 2
+
+
+KERNELS = {
+    "spatial": lambda: attnk.SpatialAttention(3, output="gated"),
+    "cbam": lambda: attnk.CBAM(8, 4),
+    "softmax": lambda: attnk.FeatureMapAttention(attnk.SelfAttention(8, 2)),
+    "group": lambda: attnk.SeparableSelfAttention(8, 2),
+}
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="kernels run on the CPU in Triton's interpreter alone")
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels(name):
+    module, x, seen = KERNELS[name]().eval(), torch.randn(1, 8, 4, 6), {}
+    for backend in ("torch", "triton"):
+        with attnk.use_backend(backend), torch.no_grad(), attnk.capture(module) as maps:
+            module(x)
+            seen[backend] = [
+                [each.gate] if hasattr(each, "gate") else [each.received(), each.rows([0, (1, 2)])]
+                for each in maps.values()
+            ]
+    torch.testing.assert_close(seen["triton"], seen["torch"])
 
 
 # Models

@@ -209,6 +209,13 @@ def test_scaled_softmax(build):
     assert not found(build(), TOKENS)
 
 
+def test_saturated_on_purpose():
+    """Scaled logits may be as large as training made them."""
+    module = SelfAttention(64, 64**-0.5)
+    nn.init.normal_(module.query.weight, std=10.0)
+    assert not found(module, TOKENS)
+
+
 def test_heads_that_do_not_divide():
     class MultiHeadSelfAttention(nn.Module):
         def __init__(self, embed_dim, num_heads):
@@ -378,9 +385,12 @@ def test_an_error_that_the_model_catches():
             try:
                 return self.wrong(x)
             except RuntimeError:
-                return self.right(x)
+                return F.dropout(self.right(x), share)
 
+    share = 0.0
     assert not found(nn.Sequential(Tries(), nn.Linear(8, 8)), TOKENS)
+    share = 0.5
+    assert set(found(nn.Sequential(Tries(), nn.Linear(8, 8)), TOKENS)) == {("random", "0")}
 
 
 def test_maps_of_another_rank():
