@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/.installed
 
 help:
 	@echo "make demo   accuracy, a picture and a stopwatch on real images (three minutes, no GPU needed)"
-	@echo "make test   all tests (twenty minutes on two cores, no GPU needed)"
+	@echo "make test   all tests (forty minutes on two cores, no GPU needed)"
 	@echo "make bench  all benchmarks that this machine can run"
 	@echo "make lint   formatting, lint and types"
 	@echo "make gpu    on a machine with a GPU: its tests, the tuning sweep, the benchmarks"
