@@ -1,6 +1,5 @@
 """VGG16 with attention and with spatial attention, against what the tutorials compute and torchvision's numbers."""
 
-import math
 import weakref
 
 import pytest
@@ -11,126 +10,23 @@ from torch import nn
 import attnk
 from attnk import models
 from attnk.models import VGG16WithAttention, VGG16WithSpatialAttention, remap_state_dict
+from attnk.testing import published
 
 WIDTH, CLASSES, SIDE = 8, 3, 32
 VGG16_PARAMETERS = 138_357_544
 
 
-class Attention(nn.Module):
-    def __init__(self, embed_dim, num_heads=8):
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv_proj = nn.Linear(embed_dim, embed_dim * 3)
-        self.out_proj = nn.Linear(embed_dim, embed_dim)
-
-    def forward(self, x):
-        q, k, v = (
-            part.reshape(*x.shape[:2], self.num_heads, -1).transpose(1, 2) for part in self.qkv_proj(x).chunk(3, -1)
-        )
-        weights = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(-1)
-        return self.out_proj((weights @ v).transpose(1, 2).reshape(x.shape))
+def vgg16(num_classes=CLASSES, width=WIDTH):
+    """The plain network: torchvision's keys, and no attention."""
+    return published.VGG16WithAttention(num_classes, (), width=width)
 
 
-class EncoderLayer(nn.Module):
-    def __init__(self, embed_dim):
-        super().__init__()
-        self.self_attn = Attention(embed_dim)
-        self.norm1 = nn.LayerNorm(embed_dim)
-        self.norm2 = nn.LayerNorm(embed_dim)
-        self.ffn = nn.Sequential(
-            nn.Linear(embed_dim, embed_dim * 4),
-            nn.ReLU(),
-            nn.Dropout(0.1),
-            nn.Linear(embed_dim * 4, embed_dim),
-            nn.Dropout(0.1),
-        )
-
-    def forward(self, x):
-        x = self.norm1(x + self.self_attn(x))
-        return self.norm2(x + self.ffn(x))
+def published_attention(positions=(3, 4)):
+    return published.VGG16WithAttention(CLASSES, positions, width=WIDTH)
 
 
-class MapGate(nn.Module):
-    """Returns the map."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv1 = nn.Conv2d(2, 1, 7, padding=3, bias=False)
-
-    def forward(self, x):
-        return torch.sigmoid(self.conv1(torch.cat([x.mean(1, keepdim=True), x.max(1, keepdim=True)[0]], 1)))
-
-
-class VGG16(nn.Module):
-    """With torchvision's keys."""
-
-    gate = None
-
-    def __init__(self, num_classes=CLASSES, width=WIDTH):
-        super().__init__()
-        layers, channels = [], 3
-        for outputs, convs in zip((width, 2 * width, 4 * width, 8 * width, 8 * width), (2, 2, 3, 3, 3), strict=True):
-            for _ in range(convs):
-                layers += [nn.Conv2d(channels, outputs, kernel_size=3, padding=1), nn.ReLU()]
-                channels = outputs
-            layers.append(nn.MaxPool2d(kernel_size=2, stride=2))
-            if self.gate is not None:
-                layers.append(self.gate())
-        self.features = nn.Sequential(*layers)
-        self.add_attention(width)
-        self.avgpool = nn.AdaptiveAvgPool2d((7, 7))
-        self.classifier = nn.Sequential(
-            nn.Linear(channels * 7 * 7, 64 * width),
-            nn.ReLU(),
-            nn.Dropout(),
-            nn.Linear(64 * width, 64 * width),
-            nn.ReLU(),
-            nn.Dropout(),
-            nn.Linear(64 * width, num_classes),
-        )
-
-    def add_attention(self, width):
-        pass
-
-    def extract(self, x):
-        return self.features(x)
-
-    def forward(self, x):
-        return self.classifier(torch.flatten(self.avgpool(self.extract(x)), 1))
-
-
-class PublishedAttention(VGG16):
-    def __init__(self, attention_positions=(3, 4), **options):
-        self.attention_positions = attention_positions
-        super().__init__(**options)
-
-    def add_attention(self, width):
-        self.attention_layers = nn.ModuleDict()
-        for position, channels in ((3, 4 * width), (4, 8 * width), (5, 8 * width)):
-            if position in self.attention_positions:
-                self.attention_layers[f"block{position}"] = EncoderLayer(channels)
-
-    def extract(self, x):
-        for i, layer in enumerate(self.features):
-            x = layer(x)
-            for index, position in ((14, 3), (21, 4), (28, 5)):
-                if i == index and position in self.attention_positions:
-                    attended = self.attention_layers[f"block{position}"](x.flatten(2).transpose(1, 2))
-                    x = attended.transpose(1, 2).reshape(x.shape)
-        return x
-
-
-class PublishedSpatial(VGG16):
-    gate = MapGate
-
-    def extract(self, x):
-        features, current = [], x
-        for layer in self.features:
-            current = layer(current)
-            if isinstance(layer, MapGate):
-                current = features[-1] * current
-            features.append(current)
-        return features[-1]
+def published_spatial():
+    return published.VGG16WithSpatialAttention(CLASSES, width=WIDTH)
 
 
 @pytest.fixture
@@ -143,34 +39,34 @@ def images():
 
 @pytest.mark.parametrize("positions", [(3, 4), (3, 4, 5), (1, 2, 5), ()], ids=str)
 def test_attention_as_published(positions, images):
-    theirs = PublishedAttention(positions)
+    theirs = published_attention(positions)
     ours = models.vgg16_with_attention(CLASSES, list(positions), compat="original", width=WIDTH)
     assert_drop_in(theirs, ours, images)
 
 
 def test_spatial_as_published(images):
     ours = models.vgg16_with_spatial_attention(CLASSES, compat="original", width=WIDTH)
-    assert_drop_in(PublishedSpatial(), ours, images)
+    assert_drop_in(published_spatial(), ours, images)
 
 
 @pytest.mark.parametrize("side", [33, 47])
 def test_as_published_at_other_sizes(side):
     x = torch.randn(1, 3, side, side + 3, dtype=torch.float64)
-    assert_drop_in(PublishedAttention(), VGG16WithAttention(CLASSES, compat="original", width=WIDTH), x)
-    assert_drop_in(PublishedSpatial(), VGG16WithSpatialAttention(CLASSES, compat="original", width=WIDTH), x)
+    assert_drop_in(published_attention(), VGG16WithAttention(CLASSES, compat="original", width=WIDTH), x)
+    assert_drop_in(published_spatial(), VGG16WithSpatialAttention(CLASSES, compat="original", width=WIDTH), x)
 
 
 def test_starts_as_published():
     assert_same_start(
-        lambda: PublishedAttention((3, 5)), lambda: VGG16WithAttention(CLASSES, (3, 5), None, "original", width=WIDTH)
+        lambda: published_attention((3, 5)), lambda: VGG16WithAttention(CLASSES, (3, 5), None, "original", width=WIDTH)
     )
-    assert_same_start(PublishedSpatial, lambda: VGG16WithSpatialAttention(CLASSES, "original", width=WIDTH))
+    assert_same_start(published_spatial, lambda: VGG16WithSpatialAttention(CLASSES, "original", width=WIDTH))
 
 
 def test_published_keys_load_in_the_repaired_ones_too():
-    settled(VGG16WithAttention(CLASSES, width=WIDTH)).load_state_dict(PublishedAttention().state_dict(), strict=True)
+    settled(VGG16WithAttention(CLASSES, width=WIDTH)).load_state_dict(published_attention().state_dict(), strict=True)
     repaired = settled(VGG16WithSpatialAttention(CLASSES, width=WIDTH))
-    theirs = settled(PublishedSpatial())
+    theirs = settled(published_spatial())
     repaired.load_state_dict(theirs.state_dict(), strict=True)
     assert torch.equal(repaired.features[5].conv1.weight, theirs.features[5].conv1.weight)
 
@@ -219,9 +115,9 @@ def test_attention_follows_the_pooling(images):
 @pytest.mark.parametrize("position", ["sinusoidal", "learned", None])
 def test_equals_its_formula(block, position, images):
     model = settled(VGG16WithAttention(CLASSES, [block], position, width=WIDTH, image_size=SIDE))
-    plain = VGG16().double()
+    plain = vgg16().double()
     plain.load_state_dict({k: v for k, v in model.state_dict().items() if "attention" not in k and "pos" not in k})
-    layer = EncoderLayer(WIDTH * (1, 2, 4, 8, 8)[block - 1]).double().eval()
+    layer = published.TransformerEncoderLayer(WIDTH * (1, 2, 4, 8, 8)[block - 1]).double().eval()
     name = f"block{block}"
     layer.load_state_dict(model.attention_layers[name].state_dict(), strict=True)
     x = images
@@ -271,7 +167,7 @@ def test_positions_fit_other_sizes(position):
 
 
 def test_the_gated_network_starts_as_the_plain_one(images):
-    plain = settled(VGG16())
+    plain = settled(vgg16())
     model = settled(VGG16WithSpatialAttention(CLASSES, width=WIDTH))
     for index in (5, 11, 19, 27, 35):
         nn.init.zeros_(model.features[index].conv1.weight)  # as they start
@@ -284,10 +180,10 @@ def test_the_gated_network_starts_as_the_plain_one(images):
 
 def test_gates_double_what_was_published(images):
     model = settled(VGG16WithSpatialAttention(CLASSES, width=WIDTH))
-    gate, published = model.features[5], MapGate().double()
-    published.load_state_dict(gate.state_dict(), strict=True)
+    gate, theirs = model.features[5], published.SpatialAttention().double()
+    theirs.load_state_dict(gate.state_dict(), strict=True)
     x = torch.randn(2, WIDTH, 9, 8, dtype=torch.float64)
-    torch.testing.assert_close(gate(x), 2 * published(x) * x)
+    torch.testing.assert_close(gate(x), 2 * theirs(x) * x)
 
 
 @pytest.mark.parametrize("compat", [None, "original"])
@@ -298,7 +194,7 @@ def test_features_are_what_the_classifier_reads(compat, images):
     expected = model.classifier(torch.flatten(model.avgpool(features), 1))
     assert torch.equal(model(images), expected)
     if compat:
-        theirs = settled(PublishedSpatial())
+        theirs = settled(published_spatial())
         theirs.load_state_dict(model.state_dict())
         torch.testing.assert_close(features, theirs.extract(images))
 
@@ -325,7 +221,7 @@ def nested(state, prefix):
 
 @pytest.mark.parametrize("compat", [None, "original"])
 def test_plain_weights_load_in_the_gated_network(compat):
-    plain = settled(VGG16())
+    plain = settled(vgg16())
     for wrap, prefix in ((lambda model: model, ""), (nn.Sequential, "0.")):
         model = settled(VGG16WithSpatialAttention(CLASSES, compat, width=WIDTH))
         gates = [model.features[index].conv1.weight.clone() for index in (5, 11, 19, 27, 35)]
@@ -342,28 +238,28 @@ def test_plain_weights_load_in_the_gated_network(compat):
 
 
 def test_what_is_missing_or_too_much_is_still_said():
-    state = VGG16().state_dict()
+    state = vgg16().state_dict()
     del state["classifier.6.bias"]
     state["features.7.other"] = torch.zeros(1)
     model = VGG16WithSpatialAttention(CLASSES, width=WIDTH)
     with pytest.raises(RuntimeError, match=r"(?s)Missing key.*classifier\.6\.bias.*Unexpected.*features\.7\.other"):
         model.load_state_dict(state)
     with pytest.raises(RuntimeError, match=r"size mismatch for classifier\.6\.weight"):
-        model.load_state_dict(VGG16(num_classes=5).state_dict())
-    partly = {key: tensor for key, tensor in PublishedSpatial().state_dict().items() if ".11." not in key}
+        model.load_state_dict(vgg16(num_classes=5).state_dict())
+    partly = {key: tensor for key, tensor in published_spatial().state_dict().items() if ".11." not in key}
     with pytest.raises(RuntimeError, match=r"Missing key.*features\.11\.conv1\.weight"):
         model.load_state_dict(partly)
     with pytest.raises(RuntimeError, match=r"Missing key.*attention_layers"):
-        VGG16WithAttention(CLASSES, width=WIDTH).load_state_dict(VGG16().state_dict())
+        VGG16WithAttention(CLASSES, width=WIDTH).load_state_dict(vgg16().state_dict())
 
 
 TARGETS = {
     "spatial": lambda: VGG16WithSpatialAttention(CLASSES, width=WIDTH),
     "spatial, original": lambda: VGG16WithSpatialAttention(CLASSES, "original", width=WIDTH),
     "attention": lambda: VGG16WithAttention(CLASSES, (1, 5), "learned", width=WIDTH, image_size=SIDE),
-    "plain": VGG16,
+    "plain": vgg16,
 }
-SOURCES = {**TARGETS, "shifted": PublishedSpatial, "published attention": lambda: PublishedAttention((3, 5))}
+SOURCES = {**TARGETS, "shifted": published_spatial, "published attention": lambda: published_attention((3, 5))}
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -380,13 +276,13 @@ def test_remap(source, target):
     assert len(convs[0]) == 13
     assert all(torch.equal(*pair) for pair in zip(*convs, strict=True))
     assert torch.equal(model.classifier[6].bias, theirs.classifier[6].bias)
-    for key in set(own) - set(VGG16().state_dict()):
+    for key in set(own) - set(vgg16().state_dict()):
         if "conv1" in key or "attention" in key or "pos" in key:
             assert torch.equal(state[key], given.get(key, own[key]))
 
 
 def test_remap_makes_the_plain_network(images):
-    plain, model = settled(VGG16()), VGG16WithSpatialAttention(CLASSES, width=WIDTH).double().eval()
+    plain, model = settled(vgg16()), VGG16WithSpatialAttention(CLASSES, width=WIDTH).double().eval()
     model.load_state_dict(remap_state_dict(plain.state_dict(), model))
     torch.testing.assert_close(model(images), plain.eval()(images))
 
@@ -394,14 +290,14 @@ def test_remap_makes_the_plain_network(images):
 @pytest.mark.parametrize(
     ("state", "model", "words"),
     [
-        ({"features.0.weight": 0}, VGG16, r"state must be a VGG16.*got \(0,\)"),
-        ({}, VGG16, r"state must be a VGG16.*got \(\)"),
+        ({"features.0.weight": 0}, vgg16, r"state must be a VGG16.*got \(0,\)"),
+        ({}, vgg16, r"state must be a VGG16.*got \(\)"),
         (None, lambda: nn.Linear(2, 3), r"model must be a VGG16.*got \(\)"),
     ],
 )
 def test_remap_refuses(state, model, words):
     with pytest.raises(ValueError, match=words):
-        remap_state_dict(VGG16().state_dict() if state is None else state, model())
+        remap_state_dict(vgg16().state_dict() if state is None else state, model())
 
 
 # Where it runs.

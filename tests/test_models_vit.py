@@ -8,63 +8,38 @@ from torch import nn
 
 import attnk
 from attnk.models import ViT, ViTBlock
+from attnk.testing import published
 
 DIM, HEADS = 12, 3
 SIZES = {"image_size": 16, "patch_size": 4, "dim": DIM, "depth": 2, "num_heads": HEADS, "num_classes": 5}
 
 
-class PublishedBlock(nn.Module):
-    norm_first = False
-    batch_first = False
+class PlainBlock(published.ViTBlock):
+    """Norms first, attention between the tokens."""
 
     def __init__(self, dim, num_heads):
-        super().__init__()
-        self.mha = nn.MultiheadAttention(dim, num_heads, batch_first=self.batch_first)
-        self.ffn = nn.Sequential(nn.Linear(dim, dim * 4), nn.ReLU(), nn.Linear(dim * 4, dim))
-        self.norm1 = nn.LayerNorm(dim)
-        self.norm2 = nn.LayerNorm(dim)
+        super().__init__(dim, num_heads)
+        self.mha.batch_first = True
 
     def forward(self, x):
-        if self.norm_first:
-            y = self.norm1(x)
-            x = x + self.mha(y, y, y)[0]
-            return x + self.ffn(self.norm2(x))
-        x = self.norm1(x + self.mha(x, x, x)[0])
-        return self.norm2(x + self.ffn(x))
+        y = self.norm1(x)
+        x = x + self.mha(y, y, y)[0]
+        return x + self.ffn(self.norm2(x))
 
 
-class PublishedViT(nn.Module):
-    block = PublishedBlock
-    last_norm = False
+class PlainViT(published.ViT):
+    """Of such blocks, with a norm at the end."""
 
-    def __init__(self, image_size=224, patch_size=16, dim=768, depth=12, num_heads=12, num_classes=1000):
-        super().__init__()
-        self.patch_embed = nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)
-        self.pos_embed = nn.Parameter(torch.randn(1, (image_size // patch_size) ** 2 + 1, dim))
-        self.blocks = nn.ModuleList([self.block(dim, num_heads) for _ in range(depth)])
-        self.cls_token = nn.Parameter(torch.randn(1, 1, dim))
-        self.head = nn.Linear(dim, num_classes)
+    def __init__(self, **sizes):
+        super().__init__(**sizes)
+        self.blocks = nn.ModuleList(PlainBlock(sizes["dim"], sizes["num_heads"]) for _ in range(sizes["depth"]))
 
     def forward(self, x):
-        x = self.patch_embed(x)
-        x = x.flatten(2).permute(0, 2, 1)
+        x = self.patch_embed(x).flatten(2).permute(0, 2, 1)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
         for block in self.blocks:
             x = block(x)
-        x = x[:, 0]
-        return self.head(F.layer_norm(x, x.shape[-1:]) if self.last_norm else x)
-
-
-class PreNormBlock(PublishedBlock):
-    norm_first = True
-    batch_first = True
-
-
-class PlainViT(PublishedViT):
-    """Norms first, attention between the tokens, a norm at the end."""
-
-    block = PreNormBlock
-    last_norm = True
+        return self.head(F.layer_norm(x[:, 0], x.shape[-1:]))
 
 
 @pytest.fixture
@@ -74,19 +49,19 @@ def images():
 
 def test_block_as_published():
     x = torch.randn(4, 6, DIM, dtype=torch.float64)
-    assert_drop_in(PublishedBlock(DIM, HEADS), ViTBlock(DIM, HEADS, compat="original"), x)
-    assert_same_start(lambda: PublishedBlock(DIM, HEADS), lambda: ViTBlock(DIM, HEADS))
+    assert_drop_in(published.ViTBlock(DIM, HEADS), ViTBlock(DIM, HEADS, compat="original"), x)
+    assert_same_start(lambda: published.ViTBlock(DIM, HEADS), lambda: ViTBlock(DIM, HEADS))
 
 
 def test_block_attends_between_tokens():
     x = torch.randn(4, 6, DIM, dtype=torch.float64)
-    assert_drop_in(PreNormBlock(DIM, HEADS), ViTBlock(DIM, HEADS), x)
+    assert_drop_in(PlainBlock(DIM, HEADS), ViTBlock(DIM, HEADS), x)
 
 
 def test_vit_as_published(images):
-    assert_drop_in(PublishedViT(**SIZES), ViT(**SIZES, compat="original"), images)
-    assert_drop_in(PublishedViT(**SIZES), ViT(**SIZES, compat="original"), images[:1])
-    assert_same_start(lambda: PublishedViT(**SIZES), lambda: ViT(**SIZES, compat="original"))
+    assert_drop_in(published.ViT(**SIZES), ViT(**SIZES, compat="original"), images)
+    assert_drop_in(published.ViT(**SIZES), ViT(**SIZES, compat="original"), images[:1])
+    assert_same_start(lambda: published.ViT(**SIZES), lambda: ViT(**SIZES, compat="original"))
 
 
 def test_vit_equals_its_formula(images):
@@ -94,7 +69,7 @@ def test_vit_equals_its_formula(images):
 
 
 def test_published_weights_load_in_the_repaired_one(images):
-    theirs, ours = settled(PublishedViT(**SIZES)), settled(ViT(**SIZES))
+    theirs, ours = settled(published.ViT(**SIZES)), settled(ViT(**SIZES))
     ours.load_state_dict(theirs.state_dict(), strict=True)
     assert ours(images).shape == (3, 5)
     assert not torch.allclose(ours(images), theirs(images))
@@ -148,7 +123,7 @@ def test_depends_on_the_batch(compat):
 @pytest.mark.parametrize("size", [(24, 24), (8, 20), (19, 33), (4, 4)])
 def test_positions_are_resized(compat, size):
     model = settled(ViT(**SIZES, compat=compat))
-    kind = PlainViT if compat is None else PublishedViT
+    kind = PlainViT if compat is None else published.ViT
     rows, columns = size[0] // 4, size[1] // 4
     theirs = settled(kind(**SIZES))
     state = model.state_dict()
@@ -165,7 +140,7 @@ def test_positions_are_resized(compat, size):
 
 def test_published_positions_fit_one_size():
     with pytest.raises(RuntimeError, match="must match"):
-        PublishedViT(**SIZES)(torch.randn(1, 3, 24, 24))
+        published.ViT(**SIZES)(torch.randn(1, 3, 24, 24))
 
 
 def test_starts_small():
