@@ -267,6 +267,16 @@ def test_parts_of_many_tiles_are_added(kernels):
         check("triton", draw((2, 5, 5, 5), dtype=torch.float64))
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("ties", TIES)
+def test_sums_over_many_pixels_are_exact(layout, ties):
+    """Positive terms added one after the other would be ten times as far off as the definition's sums."""
+    inputs = draw((1, 8, 210, 200), layout=layout, dtype=torch.float32)
+    inputs["x"] = inputs["x"].abs().requires_grad_()
+    dout = torch.rand(inputs["x"].shape)
+    check("torch", inputs, grads=["x", "w1", "b1", "w2", "b2"], dout=dout, ties=ties)
+
+
 @pytest.mark.parametrize("output", ["gated", "map"])
 def test_without_a_batch(backend, device, output):
     for layout, norm in (("contiguous", None), ("channels_last", "train"), ("transposed", "eval")):

@@ -260,11 +260,17 @@ def _weigh_channels(values: Tensor, weights: Tensor) -> Tensor:
     return torch.bmm(weights.unsqueeze(1), values.flatten(2)).view(-1, 1, *values.shape[2:])
 
 
-def _weigh_pixels(values: Tensor, weights: Tensor) -> Tensor:
-    """sum_p values (batch, channels, height, width) * weights (batch, 1, height, width)."""
-    if not multiplies_exactly():
-        return (values * weights).sum((2, 3))
-    return torch.bmm(values.flatten(2), weights.flatten(2).transpose(1, 2)).squeeze(2)
+def _weigh_pixels(values: Tensor, weights: Tensor, buffer: Tensor) -> Tensor:
+    """sum_p values (batch, channels, height, width) * weights (batch, 1, height, width).
+
+    A matrix product adds one pixel after the other, and of a whole map that is ten times as far off as a sum: with
+    channels last it is one of each row, for which that of products would have to go through memory in steps.
+    """
+    if values.stride(1) == 1 and values.dtype == weights.dtype and multiplies_exactly():
+        rows, columns = values.permute(0, 2, 3, 1), weights.permute(0, 2, 1, 3)
+        sums = torch.bmm(columns.flatten(0, 1), rows.flatten(0, 1))
+        return sums.view(*rows.shape[:2], -1).sum(1)
+    return torch.mul(values, weights, out=buffer).sum((2, 3))
 
 
 def _gate_gradients(dout: Tensor, x: Tensor, gate: Tensor, spatial: Tensor) -> tuple[Tensor, Tensor]:
@@ -275,7 +281,7 @@ def _gate_gradients(dout: Tensor, x: Tensor, gate: Tensor, spatial: Tensor) -> t
     for tile, part, buffer in _tiles(x, dtype):
         product = torch.mul(part.to(dtype), dout[tile], out=buffer)
         dspatial[tile] = _weigh_channels(product, weights[tile[0]])
-        dgate[tile[0]] += _weigh_pixels(product, spatial[tile])
+        dgate[tile[0]] += _weigh_pixels(product, spatial[tile], buffer)
     return dspatial, dgate
 
 
@@ -284,11 +290,10 @@ def _sum_of_maps(x: Tensor, gate: Tensor, dmaps: Tensor, ties: str) -> Tensor:
     davg, dmaximum, mark = dmaps.split(1, 1)
     dgate = torch.zeros(gate.shape, dtype=dmaps.dtype, device=x.device)
     for tile, part, buffer in _tiles(x, dmaps.dtype):
-        values = part if part.dtype == dmaps.dtype else buffer.copy_(part)
-        dgate[tile[0]] += _weigh_pixels(values, davg[tile])
+        dgate[tile[0]] += _weigh_pixels(part, davg[tile], buffer)
         if ties == "even":
-            peaks = torch.where(part * _of(gate, tile) == mark[tile], values, 0)
-            dgate[tile[0]] += _weigh_pixels(peaks, dmaximum[tile])
+            peaks = torch.where(part * _of(gate, tile) == mark[tile], part, 0)
+            dgate[tile[0]] += _weigh_pixels(peaks, dmaximum[tile], buffer)
     if ties == "first":
         index = mark.long()
         dgate.scatter_add_(1, index.flatten(1), (x.gather(1, index) * dmaximum).flatten(1))
