@@ -216,6 +216,12 @@ def test_saturated_on_purpose():
     assert not found(module, TOKENS)
 
 
+def test_masked_in_place():
+    """What a mask adds to the logits of shifted windows is no missing scale."""
+    block = attnk.SwinBlock(24, 3, 4, 2)
+    assert not found(block, torch.randn(2, 8, 8, 24))
+
+
 def test_heads_that_do_not_divide():
     class MultiHeadSelfAttention(nn.Module):
         def __init__(self, embed_dim, num_heads):

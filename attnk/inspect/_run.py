@@ -120,15 +120,16 @@ class Run(TorchFunctionMode):
         out = func(*args, **(kwargs or {}))
         if name in PRODUCTS:
             operand = next((arg for arg in args if isinstance(arg, torch.Tensor)), None)
-            self.product = None if operand is None else (out, operand.shape[-1])
+            self.product = None if operand is None else (out, operand.shape[-1], out._version)
         return out
 
     def see_softmax(self, logits: torch.Tensor, dim: int | None = None, *args: Any, **kwargs: Any) -> None:
         if dim is None or logits.dim() < 3 or dim % logits.dim() != logits.dim() - 1 or logits.shape[-1] < 2:
             return
         self.attend()
-        if self.product is not None and logits is self.product[0]:
-            self.saturation(logits.detach().float(), self.product[1])
+        product, width, version = self.product or (None, 0, 0)
+        if logits is product and logits._version == version:  # nothing scaled or masked them in place
+            self.saturation(logits.detach().float(), width)
 
     def saturation(self, logits: torch.Tensor, width: int) -> None:
         """Look at logits (..., Nq, Nk) that come from a product of so many channels."""

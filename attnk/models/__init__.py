@@ -1,9 +1,14 @@
-"""The networks of widely copied tutorials: repaired by default, as published with ``compat="original"``."""
+"""The networks that widely copied tutorials show or describe.
 
+Those they show are repaired by default, and as published with ``compat="original"``.
+"""
+
+from attnk.models.axial_resnet import AxialBottleneck, AxialResNet, axial_resnet26, axial_resnet50
 from attnk.models.classifiers import MultiHeadSelfAttentionClassifier, SelfAttentionClassifier
 from attnk.models.common import count_parameters
 from attnk.models.resnet import BottleneckWithAttention, ResNetWithAttention, resnet50_with_attention
 from attnk.models.senet import SENet
+from attnk.models.swin import SwinTransformer, swin_tiny
 from attnk.models.vgg import (
     VGG16WithAttention,
     VGG16WithSpatialAttention,
@@ -14,18 +19,24 @@ from attnk.models.vgg import (
 from attnk.models.vit import ViT, ViTBlock
 
 __all__ = [
+    "AxialBottleneck",
+    "AxialResNet",
     "BottleneckWithAttention",
     "MultiHeadSelfAttentionClassifier",
     "ResNetWithAttention",
     "SENet",
     "SelfAttentionClassifier",
+    "SwinTransformer",
     "VGG16WithAttention",
     "VGG16WithSpatialAttention",
     "ViT",
     "ViTBlock",
+    "axial_resnet26",
+    "axial_resnet50",
     "count_parameters",
     "remap_state_dict",
     "resnet50_with_attention",
+    "swin_tiny",
     "vgg16_with_attention",
     "vgg16_with_spatial_attention",
 ]

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attnk.models.common import check_compat, check_images
+from attnk.models.common import check_compat, check_images, check_patch
 from attnk.modules._checks import check_heads, check_shape, check_sizes, check_tensor
 from attnk.modules.multihead import MultiheadAttention
 from attnk.modules.position import STD, resize_grid
@@ -140,8 +140,7 @@ class ViT(nn.Module):
             ValueError, TypeError: a shape, dtype or device that does not fit; the message names it.
         """
         check_images(x, self.patch_embed.weight)
-        if min(x.shape[2:]) < self.patch_size:
-            raise ValueError(f"x must have at least one patch of {self.patch_size} pixels a side, got {tuple(x.shape)}")
+        check_patch(x, self.patch_size)
         patches = self.patch_embed(x)
         position = self._position(*patches.shape[2:])
         tokens = patches.flatten(2).transpose(1, 2)
