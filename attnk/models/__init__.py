@@ -6,6 +6,7 @@ Those they show are repaired by default, and as published with ``compat="origina
 from attnk.models.axial_resnet import AxialBottleneck, AxialResNet, axial_resnet26, axial_resnet50
 from attnk.models.classifiers import MultiHeadSelfAttentionClassifier, SelfAttentionClassifier
 from attnk.models.common import count_parameters
+from attnk.models.detr import DETR, DETRLoss, generalized_box_iou, hungarian_match
 from attnk.models.resnet import BottleneckWithAttention, ResNetWithAttention, resnet50_with_attention
 from attnk.models.senet import SENet
 from attnk.models.swin import SwinTransformer, swin_tiny
@@ -19,6 +20,8 @@ from attnk.models.vgg import (
 from attnk.models.vit import ViT, ViTBlock
 
 __all__ = [
+    "DETR",
+    "DETRLoss",
     "AxialBottleneck",
     "AxialResNet",
     "BottleneckWithAttention",
@@ -34,6 +37,8 @@ __all__ = [
     "axial_resnet26",
     "axial_resnet50",
     "count_parameters",
+    "generalized_box_iou",
+    "hungarian_match",
     "remap_state_dict",
     "resnet50_with_attention",
     "swin_tiny",
