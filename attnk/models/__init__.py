@@ -21,10 +21,10 @@ from attnk.models.vit import ViT, ViTBlock
 
 __all__ = [
     "DETR",
-    "DETRLoss",
     "AxialBottleneck",
     "AxialResNet",
     "BottleneckWithAttention",
+    "DETRLoss",
     "MultiHeadSelfAttentionClassifier",
     "ResNetWithAttention",
     "SENet",
