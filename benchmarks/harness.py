@@ -32,7 +32,7 @@ import attnk
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 FIRST_OP = "spatial_gate"  # of results files that name no operation; the others follow it
-NETWORKS = ("resnet50",)  # whose benchmarks are of no operation alone: there is nothing of their own to tune
+NETWORKS = ("resnet50", "vgg16")  # whose benchmarks are of no operation alone: there is nothing of their own to tune
 FLUSH_BYTES = 1 << 30  # written between two measurements: more than any L2
 SLEEP_CYCLES = 4_000_000  # about 2 ms, longer than the host takes to launch any pass
 COPY_BYTES = 2 << 30

@@ -143,6 +143,19 @@ def test_the_gates_share_of_a_network_is_told(quick_run, harness):
         assert ("gates_percent" in record) == (record["provider"] != "without gates")
 
 
+def test_memory_and_time_of_vgg16_are_told(quick_run, harness):
+    path, output = quick_run
+    assert "vgg16: cpu, measured" in output
+    for group, column in (("cpu", "median_us"), ("memory", "peak_mib")):
+        records = records_of(harness, path, "vgg16", group)
+        found = {(record["case"], record["pass"], record["provider"]): record[column] for record in records}
+        assert len(found) == 8
+        assert all(number > 0 for number in found.values())
+        if group == "memory":
+            for kind in ("spatial attention", "attention at 3, 4, 5"):
+                assert found[kind, "forward", "attnk"] < 0.8 * found[kind, "forward", "tutorial"]
+
+
 def test_io_table_of_softmax_attention_is_plausible(quick_run, harness):
     path, output = quick_run
     assert "softmax_attention: io, counted" in output
@@ -333,6 +346,17 @@ def test_a_wrong_network_is_refused(harness):
         steps["attnk"].network.blocks[3].gate.fc[2].bias += 0.1
     with pytest.raises(harness.WrongResult, match="attnk in float64: logits"):
         cases.check(steps)
+
+
+@pytest.mark.parametrize("kind", ["spatial attention", "attention at 3, 4, 5"])
+def test_a_wrong_vgg16_is_refused(harness, kind):
+    cases, networks = (importlib.import_module(f"{name}_cases") for name in ("vgg16", "resnet50"))
+    steps = cases.VGG16Case(kind, 2, 32, width=8).steps(compiled=False)
+    networks.check(steps)
+    with torch.no_grad():
+        steps["attnk"].network.features[2].bias += 0.1
+    with pytest.raises(harness.WrongResult, match="attnk in float64: logits"):
+        networks.check(steps)
 
 
 def attention_cases(attention):
@@ -595,7 +619,7 @@ def test_results_file_round_trip(harness, tmp_path):
 
 def test_every_operation_has_cases(harness):
     assert harness.operations() == list(OPS)
-    assert harness.NETWORKS == ("resnet50",)
+    assert harness.NETWORKS == ("resnet50", "vgg16")
     for op in OPS:
         cases = harness.cases_of(op)
         assert cases.tuned_cases()
@@ -631,7 +655,7 @@ def test_gpu_steps_share_the_time(harness):
     assert gpu.share(everything, -1) == 0
     names = [gpu.path_of(Path("results"), step).name for step in everything]
     assert names[0] == "tests.json"
-    assert names[-1] == "resnet50_bench.json"
+    assert names[-2:] == ["resnet50_bench.json", "vgg16_bench.json"]
 
 
 # Tuning
