@@ -7,7 +7,16 @@ from attnk.models.axial_resnet import AxialBottleneck, AxialResNet, axial_resnet
 from attnk.models.classifiers import MultiHeadSelfAttentionClassifier, SelfAttentionClassifier
 from attnk.models.common import count_parameters
 from attnk.models.detr import DETR, DETRLoss, generalized_box_iou, hungarian_match
+from attnk.models.fpn import FeaturePyramid
 from attnk.models.resnet import BottleneckWithAttention, ResNetWithAttention, resnet50_with_attention
+from attnk.models.sagan import (
+    SAGANDiscriminator,
+    SAGANDiscriminatorBlock,
+    SAGANGenerator,
+    SAGANGeneratorBlock,
+    sagan_discriminator_loss,
+    sagan_generator_loss,
+)
 from attnk.models.senet import SENet
 from attnk.models.swin import SwinTransformer, swin_tiny
 from attnk.models.vgg import (
@@ -25,8 +34,13 @@ __all__ = [
     "AxialResNet",
     "BottleneckWithAttention",
     "DETRLoss",
+    "FeaturePyramid",
     "MultiHeadSelfAttentionClassifier",
     "ResNetWithAttention",
+    "SAGANDiscriminator",
+    "SAGANDiscriminatorBlock",
+    "SAGANGenerator",
+    "SAGANGeneratorBlock",
     "SENet",
     "SelfAttentionClassifier",
     "SwinTransformer",
@@ -41,6 +55,8 @@ __all__ = [
     "hungarian_match",
     "remap_state_dict",
     "resnet50_with_attention",
+    "sagan_discriminator_loss",
+    "sagan_generator_loss",
     "swin_tiny",
     "vgg16_with_attention",
     "vgg16_with_spatial_attention",
