@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -58,6 +59,36 @@ class Lines:
             x = empty_in_order(like, (*like.shape[:4], lines.shape[-1]), lines.dtype)
         part = x[self.images].permute(self.order)
         part.copy_(lines.unflatten(0, part.shape[:2]))
+        return x
+
+
+class Tiles:
+    """Windows of all images that divide the map and are not shifted: views of it, copied as they are read."""
+
+    def __init__(self, batch: int, height: int, width: int, window: tuple, dilation: tuple, span: int, device: Any):
+        self.sides = [(-1, part, step) for part, step in zip(window, dilation, strict=True)]
+        groups = batch * group_count(height, width, window, dilation)
+        self.kinds = [Kind(0, slice(0, groups), far_pairs(window[0] * window[1], span, False, device))]
+
+    def view(self, x: torch.Tensor) -> torch.Tensor:
+        """(block rows, steps, block columns, steps, B, heads, rows, columns, D) of (B, height, width, heads, D)."""
+        rows, columns = self.sides
+        return x.unflatten(2, columns).unflatten(1, rows).permute(1, 3, 4, 6, 0, 7, 2, 5, 8)
+
+    def take(self, x: torch.Tensor) -> torch.Tensor:
+        """(windows x B, heads, tokens, D) of a map (B, height, width, heads, D)."""
+        return self.view(x).flatten(6, 7).flatten(0, 4)
+
+    def weights(self, kept: torch.Tensor) -> torch.Tensor:
+        """(windows x B, heads, tokens, tokens) of what ``weights_empty`` returned."""
+        return kept.transpose(0, 1).flatten(0, 1)
+
+    def put(self, x: torch.Tensor | None, values: list[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+        """A new map of what the windows have, whose axes lie in the order of another's."""
+        (windows,) = values
+        x = empty_in_order(like, (*like.shape[:4], windows.shape[-1]), windows.dtype)
+        part = self.view(x)
+        part.copy_(windows.view(part.shape))
         return x
 
 
@@ -374,7 +405,7 @@ def _as_bias(dense: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor | None
     return None if dense is None else dense.to(q.dtype).unsqueeze(0)
 
 
-def _parts(groups: Lines | Windows, q: torch.Tensor) -> streaming.Parts:
+def _parts(groups: Lines | Tiles | Windows, q: torch.Tensor) -> streaming.Parts:
     """What is added to the logits of some kinds of groups, besides a bias of all."""
     added = ((kind.groups, _added(kind, None, q.dtype)) for kind in groups.kinds)
     return [(part, extra) for part, extra in added if extra is not None]
@@ -406,12 +437,15 @@ def _kind_rng(rng: torch.Tensor | None, layout: str, kind: Kind) -> torch.Tensor
 
 def _groups(
     tensors: Sequence[torch.Tensor], layout: str, geometry: tuple, no_centre: bool = False
-) -> Sequence[Lines | Windows]:
+) -> Sequence[Lines | Tiles | Windows]:
     """All groups of a map, in a fixed order."""
     batch, height, width = tensors[0].shape[:3]
     window, shift, dilation, span, mask = geometry
     device = tensors[0].device
     if layout == "window":
+        sizes = [part * step for part, step in zip(window, dilation, strict=True)]
+        if not any(shift) and height % sizes[0] == 0 and width % sizes[1] == 0:
+            return [Tiles(batch, height, width, tuple(window), tuple(dilation), span, device)]
         return [_windows(batch, height, width, tuple(window), tuple(shift), tuple(dilation), span, mask, device)]
     hidden = far_pairs((width if layout == "row" else height), span, no_centre, device)
     axis = 1 if layout == "row" else 2
