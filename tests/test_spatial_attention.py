@@ -586,6 +586,7 @@ def test_initialisation_draws_what_the_tutorials_draw():
         ({"kernel_size": 0}, "kernel_size must be an odd positive integer, got 0"),
         ({"kernel_size": -3}, "got -3"),
         ({"kernel_size": "7"}, "kernel_size must be an odd positive integer, got '7'"),
+        ({"kernel_size": True}, "kernel_size must be an odd positive integer, got True"),
         ({"kernel_size": 7.0}, "got 7.0"),
         ({"kernel_size": (7, 7)}, r"got \(7, 7\)"),
         ({"kernel_size": None}, "got None"),

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from attnk import dispatch
-from attnk.modules._checks import backend_repr
+from attnk.modules._checks import backend_repr, check_kernel_size
 from attnk.modules._probe import (
     copy_layer,
     parts_of,
@@ -79,8 +79,7 @@ class SpatialAttention(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size must be an odd positive integer, got {kernel_size!r}")
+        check_kernel_size(kernel_size)
         check_choice("order", order, ORDERS)
         check_choice("output", output, OUTPUTS)
         check_choice("ties", ties, TIES)
