@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo   accuracy, a picture and a stopwatch on real images (three minutes, no GPU needed)"
+	@echo "make demo   accuracy, a picture and a stopwatch on real images (four minutes, no GPU needed)"
 	@echo "make test   all tests (forty minutes on two cores, no GPU needed)"
 	@echo "make bench  all benchmarks that this machine can run"
 	@echo "make lint   formatting, lint and types"

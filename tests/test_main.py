@@ -1,6 +1,7 @@
 """The command line, and the quick form of the demo."""
 
 import platform
+import statistics
 import subprocess
 import sys
 
@@ -137,10 +138,16 @@ def test_demo_is_reached(monkeypatch, tmp_path):
     assert (calls[1]["quick"], str(calls[1]["out"])) == (False, "out")
 
 
+DIGIT_VARIANTS = ["without", "se", "cbam", "spatial", "spatial_residual", "coordinate", "axial", "self"]
+
+
 def test_quick_demo(tmp_path, capsys):
     """All three parts of the demo on little: numbers in, a picture out."""
     for name in ("sklearn", "scipy", "matplotlib", "tqdm"):
         pytest.importorskip(name)
+    from scipy.stats import sem
+    from scipy.stats import t as student
+
     from attnk import demo
 
     state = torch.get_rng_state()
@@ -148,20 +155,41 @@ def test_quick_demo(tmp_path, capsys):
     result = demo.main(quick=True, out=tmp_path / "new" / "folder")
     assert torch.equal(torch.get_rng_state(), state)
 
+    printed = capsys.readouterr().out
     digits = result["digits"]
-    assert {"without", "gated", "residual"} <= set(digits)
-    for numbers in digits.values():
-        assert len(numbers["accuracy"]) >= 2
-        assert all(50 < accuracy <= 100 for accuracy in numbers["accuracy"])
-    for name in ("gated", "residual"):
-        pairs = zip(digits["without"]["accuracy"], digits[name]["accuracy"], strict=True)
-        gains = [with_gates - without for without, with_gates in pairs]
-        assert digits[name]["gain"] == pytest.approx(sum(gains) / len(gains))
+    assert list(digits) == DIGIT_VARIANTS
+    baseline = digits["without"]
+    assert "gain" not in baseline
+    assert baseline["parameters"] == 0
+    for name, row in digits.items():
+        assert len(row["accuracy"]) >= 2
+        assert all(30 < accuracy <= 100 for accuracy in row["accuracy"])  # 10 by chance
+        assert row["mean"] == pytest.approx(statistics.mean(row["accuracy"]))
+        assert row["spread"] == pytest.approx(statistics.stdev(row["accuracy"]))
+        assert row["seconds"] > 0
+        (line,) = [line for line in printed.splitlines() if line.startswith(f"   {row['label']}  ")]
+        assert f"{row['mean']:.2f} +- {row['spread']:.2f}" in " ".join(line.split())
+        assert line.split()[-2:] == [f"{row['parameters']:+d}", f"{1e3 * row['seconds']:.2f}"]
+        if name == "without":
+            continue
+        assert row["parameters"] > 0
+        gains = [b - a for a, b in zip(baseline["accuracy"], row["accuracy"], strict=True)]
+        assert row["gain"] == pytest.approx(statistics.mean(gains))
+        low, high = row["gain"] - row["half_width"], row["gain"] + row["half_width"]
+        assert row["half_width"] == pytest.approx(student.ppf(0.975, len(gains) - 1) * sem(gains))
+        assert row["within_spread"] == (low <= 0 <= high)
+        assert f"{row['gain']:+.2f}  {low:+.2f} to {high:+.2f}" in line
+        assert ("within the spread" in line) == row["within_spread"]
 
     photographs = result["photographs"]
     assert photographs["png"].is_relative_to(tmp_path)
-    assert 0 <= photographs["accuracy"] <= 100
-    assert all(0 <= low < high <= 1 for low, high in photographs["gate_ranges"])
+    assert list(photographs["accuracy"]) == ["se", "cbam", "spatial", "coordinate", "axial", "self"]
+    assert all(0 <= accuracy <= 100 for accuracy in photographs["accuracy"].values())
+    for ranges in photographs["ranges"]:
+        gates, attention = ranges[:4], ranges[4:]
+        assert len(attention) == 4
+        assert all(0 <= low < high <= 1 for low, high in gates)
+        assert all(low == 1 < high for low, high in attention)
 
     assert len(result["timing"]) >= 2
     for row in result["timing"]:
@@ -176,10 +204,59 @@ def test_quick_demo(tmp_path, capsys):
     picture = imread(photographs["png"])
     assert min(picture.shape[:2]) >= 400
     assert picture[..., :3].std() > 0.1
-    printed = capsys.readouterr().out
     assert str(photographs["png"]) in printed
-    for words in ("no gates", "SpatialAttention", "2x64x56x56", "x as fast"):
+    for words in ("by chance", "SpatialAttention", "2x64x56x56", "x as fast"):
         assert words in printed
+
+
+@pytest.mark.parametrize("name", DIGIT_VARIANTS)
+def test_demo_digit_networks_start_alike(name):
+    """One seed, the same convolutions; what is added to x changes nothing at first, gates do."""
+    digits = pytest.importorskip("attnk.demo.digits")
+    x = torch.rand(2, 1, 8, 8)
+    torch.manual_seed(3)
+    plain = digits._network(None)
+    torch.manual_seed(3)
+    model = digits._network(digits.VARIANTS[name][1])
+    own, theirs = model.state_dict(), plain.state_dict()
+    assert all(torch.equal(own[key], value) for key, value in theirs.items())
+    assert len(own) == len(theirs) or name != "without"
+    assert torch.equal(model(x), plain(x)) == (name in ("without", "axial", "self"))
+
+
+def test_demo_panels():
+    """What is drawn, against the modules by themselves and the attention written out."""
+    photographs = pytest.importorskip("attnk.demo.photographs")
+    model = photographs._SixLooks().eval()
+    photos = torch.rand(2, 3, 100, 140)  # drawn as seen in 40 x 56: maps of 10 x 14
+    gates, looks = photographs._look(model, photos, torch.device("cpu"))
+    assert gates.shape == (2, 64)
+
+    small = torch.nn.functional.interpolate(photos, size=(40, 56), mode="bilinear", antialias=True)
+    features = model.trunk(torch.nn.functional.pad(4 * (small - 0.5), [32] * 4, mode="reflect"))  # (2, 64, 26, 30)
+    viewer = attnk.SpatialAttention(7, output="map")
+    viewer.load_state_dict(model.attention["spatial"].state_dict())
+    layer = model.attention["self"].layer
+    q, k, _ = (each.unflatten(2, (4, 16)) for each in layer.qkv_proj(features.flatten(2).mT).chunk(3, -1))
+    weights = (torch.einsum("bqhd,bkhd->bhqk", q, k) / 4).softmax(-1).mean(1).unflatten(2, features.shape[2:])
+    column = model.attention["axial"].axial_attentions[0]["fn"]
+    pixels = features.permute(0, 2, 3, 1)
+    for index, (panels, (down, right)) in enumerate(zip(looks, photographs.QUERIES, strict=True)):
+        assert len(panels) == 8
+        assert all(panel.heat.shape == (10, 14) for panel in panels)
+        share = model.attention["se"](features).sum(1) / features.sum(1)
+        torch.testing.assert_close(panels[0].heat, share[index, 8:-8, 8:-8])
+        torch.testing.assert_close(panels[2].heat, viewer(features)[index, 0, 8:-8, 8:-8])
+        row, place = 8 + int(10 * down), 8 + int(14 * right)
+        query = row * features.shape[3] + place
+        torch.testing.assert_close(panels[6].heat, weights[index, query, 8:-8, 8:-8] * weights.shape[1])
+        torch.testing.assert_close(panels[7].heat, weights[index].mean(0)[8:-8, 8:-8] * weights.shape[1])
+
+        q = column.to_q(pixels[index, row, place]).unflatten(0, (4, 16))
+        k = column.to_kv(pixels[index, :, place])[:, :64].unflatten(1, (4, 16))
+        alone = (torch.einsum("hd,nhd->hn", q, k) / 4).softmax(-1).mean(0) * weights.shape[1] / 2
+        others = torch.arange(10) != row - 8  # where the query's row does not add its own
+        torch.testing.assert_close(panels[4].heat[others, place - 8], alone[8:-8][others])
 
 
 def test_demo_says_what_is_missing(monkeypatch, tmp_path):
