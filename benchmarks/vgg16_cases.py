@@ -130,8 +130,8 @@ class Step(resnet50_cases.Step):
 # The picture
 
 CAPTION = (
-    'Whole networks; attnk\'s with compat="original", the same function of the same weights. A training step: forward, '
-    "loss, backward and SGD with momentum. Memory: the most that inference allocates besides images and weights."
+    'Whole networks; attnk\'s with compat="original", the same function of the same weights. A training step:\n'
+    "forward, loss, backward and SGD with momentum. Memory: the most that inference allocates besides images and weights."
 )
 
 
@@ -144,5 +144,7 @@ def panels(records: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
         for which in PASSES
     ]
     memory = [r for r in records if r["group"] == "memory" and r["pass"] == "forward"]
-    rows.append({"title": "inference", "records": memory, **label, "value": "peak_mib", "ylabel": "peak memory, MiB"})
+    rows.append(
+        {"title": "memory of inference", "records": memory, **label, "value": "peak_mib", "ylabel": "peak, MiB"}
+    )
     return [[panel for panel in rows if panel["records"]]]
