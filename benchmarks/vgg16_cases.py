@@ -131,7 +131,7 @@ class Step(resnet50_cases.Step):
 
 CAPTION = (
     'Whole networks; attnk\'s with compat="original", the same function of the same weights. A training step:\n'
-    "forward, loss, backward and SGD with momentum. Memory: the most that inference allocates besides images and weights."
+    "forward, loss, backward, SGD with momentum. Memory: the most that inference allocates besides images and weights."
 )
 
 
