@@ -450,7 +450,7 @@ def test_match_needs_scipy(monkeypatch):
 def test_match_of_nothing_finite():
     out = predictions(1)
     out["pred_boxes"] = out["pred_boxes"] * math.nan
-    with pytest.raises(ValueError, match="invalid numeric entries"):
+    with pytest.raises(ValueError, match="must be finite"):
         hungarian_match(out, objects(2))
 
 
@@ -683,3 +683,56 @@ def test_loss_refuses(change, words):
 def test_loss_refuses_another_number_of_classes():
     with pytest.raises(ValueError, match=r"with num_classes \+ 1 = 3, got \(2, 5, 4\)"):
         DETRLoss(2)(predictions(), objects(1, 1))
+
+
+def of_patches(**options):
+    options = {"dim": 16, "num_heads": 2, "encoder_layers": 1, "decoder_layers": 1, **options}
+    return DETR(5, 7, backbone=nn.Conv2d(3, 8, 16, 16), backbone_channels=8, **options)
+
+
+def test_weights_that_are_assigned():
+    """Positions follow the weights: from a model without memory, and in another dtype."""
+    image = torch.randn(1, 3, 64, 64)
+    expected = of_patches().eval()
+    with torch.device("meta"):
+        model = of_patches().eval()
+    model.load_state_dict(expected.state_dict(), assign=True)
+    assert torch.equal(model(image)["pred_boxes"], expected(image)["pred_boxes"])
+    model.load_state_dict({key: tensor.bfloat16() for key, tensor in expected.state_dict().items()}, assign=True)
+    assert model(image.bfloat16())["pred_boxes"].dtype == torch.bfloat16
+
+
+def test_exports_for_any_batch():
+    batch = torch.export.Dim("batch")
+    image = torch.randn(3, 3, 64, 64)
+    model = of_patches(aux=False).eval()
+    program = torch.export.export(model, (image[:2],), dynamic_shapes=({0: batch},))
+    torch.testing.assert_close(program.module()(image), model(image))
+
+
+def test_a_backbone_with_several_maps():
+    class Maps(nn.Module):
+        def forward(self, x):
+            return {"0": x}
+
+    model = of_patches()
+    model.backbone = Maps()
+    with pytest.raises(TypeError, match="the backbone must return one map, a tensor, got dict"):
+        model(torch.randn(1, 3, 64, 64))
+
+
+def test_large_boxes_in_16_bits():
+    boxes = torch.tensor([[0.0, 0, 300, 300]]).half()
+    assert generalized_box_iou(boxes, boxes).item() == 1
+
+
+@pytest.mark.parametrize("key", ["pred_logits", "pred_boxes"])
+def test_predictions_that_are_not_finite(key):
+    out = of_patches()(torch.randn(1, 3, 64, 64))
+    out[key] = out[key] * torch.nan
+    targets = [{"labels": torch.tensor([1]), "boxes": torch.full((1, 4), 0.5)}]
+    with pytest.raises(ValueError, match="pred_logits and pred_boxes must be finite"):
+        DETRLoss(5)(out, targets)
+    targets[0]["boxes"][0, 2] = torch.nan
+    with pytest.raises(ValueError, match="boxes must be from 0 to 1"):
+        DETRLoss(5)(out, targets)

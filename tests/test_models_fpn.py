@@ -349,3 +349,22 @@ FINE, COARSE = torch.zeros(2, 3, 4, 4), torch.zeros(2, 4, 2, 2)
 def test_refuses_at_call(maps, error, words):
     with pytest.raises(error, match=words):
         PYRAMID(maps)
+
+
+def test_weights_that_are_assigned():
+    maps = [torch.randn(1, 4, 8, 8), torch.randn(1, 8, 4, 4)]
+    expected = FeaturePyramid((4, 8), 8, 2).eval()
+    with torch.device("meta"):
+        model = FeaturePyramid((4, 8), 8, 2).eval()
+    model.load_state_dict(expected.state_dict(), assign=True)
+    for got, wanted in zip(model(maps), expected(maps), strict=True):
+        assert torch.equal(got, wanted)
+
+
+def test_exports_for_any_batch():
+    batch = torch.export.Dim("batch")
+    maps = [torch.randn(3, 4, 8, 8), torch.randn(3, 8, 4, 4)]
+    model = FeaturePyramid((4, 8), 8, 2).eval()
+    program = torch.export.export(model, ([each[:2] for each in maps],), dynamic_shapes=([{0: batch}, {0: batch}],))
+    for got, wanted in zip(program.module()(maps), model(maps), strict=True):
+        torch.testing.assert_close(got, wanted)

@@ -9,7 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from attnk.modules.feature_map import FeatureMapAttention
 from attnk.modules.position import LearnedPosition2d, RelativePositionBias, SinusoidalPosition2d, resize_bias_table
+from attnk.modules.self_attention import SelfAttention
 from attnk.ops.softmax_attention import softmax_attention
 from attnk.reference.softmax_attention import relative_position_index
 
@@ -86,7 +88,7 @@ def test_sinusoidal_forgets_a_dtype():
 def test_sinusoidal_keeps_the_last_grid(monkeypatch):
     module = SinusoidalPosition2d(8)
     calls, encode = [], module._encode
-    monkeypatch.setattr(module, "_encode", lambda *grid: calls.append(grid) or encode(*grid))
+    monkeypatch.setattr(module, "_encode", lambda *given: calls.append(given[:2]) or encode(*given))
     first = module(3, 4)
     assert module(3, 4) is first
     assert calls == [(3, 4)]
@@ -329,3 +331,13 @@ def test_shows_sizes():
     assert repr(SinusoidalPosition2d(8)) == "SinusoidalPosition2d(8, temperature=10000, normalize=False)"
     text = repr(SinusoidalPosition2d(8, 20, normalize=True, scale=1.0))
     assert text == "SinusoidalPosition2d(8, temperature=20, normalize=True, scale=1)"
+
+
+def test_sinusoidal_like_another_tensor():
+    position = SinusoidalPosition2d(8)
+    like = torch.empty(0, dtype=torch.float64)
+    assert torch.equal(position(3, 4, like=like), position.double()(3, 4))
+    with torch.device("meta"):
+        position = SinusoidalPosition2d(8)
+    layer = FeatureMapAttention(SelfAttention(8, 2), position=position)
+    assert layer(torch.randn(1, 8, 3, 4)).isfinite().all()

@@ -38,7 +38,8 @@ class DETR(nn.Module):
         decoder_layers: how many.
         feedforward_dim: hidden channels of the feed-forward networks.
         dropout: share to drop in training, of the attention weights and in the branches.
-        aux: whether the other decoder layers' answers are returned too; training wants them.
+        aux: whether the other decoder layers' answers are returned too; training wants them, ``torch.jit.trace`` does
+            not take them.
         backbone: a module from images (B, 3, H, W) to a map (B, backbone_channels, h, w). By default four 3 x 3
             convolutions with stride 2, batch norm and ReLU.
         backbone_channels: of its map; to be given with a backbone.
@@ -98,11 +99,13 @@ class DETR(nn.Module):
         """
         check_images(x, self.input_proj.weight)
         features = self.backbone(x)
+        if not isinstance(features, torch.Tensor):
+            raise TypeError(f"the backbone must return one map, a tensor, got {type(features).__name__}")
         check_shape("the backbone's map", features, "(B, C, h, w)", 1, self.input_proj.in_channels)
         height, width = features.shape[2:]
         padded = None
         if mask is None:
-            position = self.position(height, width)
+            position = self.position(height, width, like=self.input_proj.weight)
         else:
             _check_mask(mask, x)
             grid = F.interpolate(mask.unsqueeze(1).float(), (height, width)).squeeze(1).bool()
@@ -184,7 +187,7 @@ class _Transformer(nn.Module):
         """The normalised states of the queries (layers, B, num_queries, dim), of every decoder layer or of the last."""
         for layer in self.encoder["layers"].children():
             memory = layer(memory, position, padded)
-        state = torch.zeros_like(queries).expand(len(memory), -1, -1)
+        state = torch.zeros_like(queries).expand(memory.shape[0], -1, -1)
         keys, states = memory + position, []
         for layer in self.decoder["layers"].children():
             state = layer(state, queries, memory, keys, padded)
@@ -269,6 +272,10 @@ class DETRLoss(nn.Module):
     ``class_weight cross_entropy + l1_weight |box - target| + giou_weight (1 - GIoU)``, the last two summed over the
     matched boxes and divided by the number of targets in this batch, at least 1; with ``aux_outputs`` the sum of that
     over all decoder layers, each with a matching of its own. The weights are those of the matching too.
+
+    Where a batch is spread over processes, each divides by its own number of targets; the published code averages that
+    number over them. Its names of the terms are ``loss_ce``, ``loss_bbox`` and ``loss_giou``, of ``no_object_weight``
+    ``eos_coef``.
 
     Args:
         num_classes: the network's.
@@ -391,7 +398,10 @@ def hungarian_match(
     distance = (boxes.unsqueeze(2) - wanted).abs().sum(-1)
     overlap = generalized_box_iou(_corners(boxes), _corners(wanted))
     cost = l1_cost * distance - class_cost * probability - giou_cost * overlap
-    parts = cost.cpu().split([len(target["labels"]) for target in targets], -1)
+    cost = cost.cpu()
+    if not cost.isfinite().all():
+        raise ValueError("pred_logits and pred_boxes must be finite")
+    parts = cost.split([len(target["labels"]) for target in targets], -1)
     pairs = [linear_sum_assignment(part[image].numpy()) for image, part in enumerate(parts)]
     return [(torch.from_numpy(q).to(boxes.device), torch.from_numpy(t).to(boxes.device)) for q, t in pairs]
 
@@ -407,14 +417,14 @@ def generalized_box_iou(boxes: torch.Tensor, others: torch.Tensor) -> torch.Tens
         others: (..., M, 4), alike.
 
     Returns:
-        (..., N, M).
+        (..., N, M), in float32 or wider: the area of a box in pixels may exceed float16.
 
     Raises:
         ValueError: boxes that have other than 4 numbers.
     """
     if min(boxes.dim(), others.dim()) < 2 or boxes.shape[-1] != 4 or others.shape[-1] != 4:
         raise ValueError(f"boxes must be (..., N, 4) and (..., M, 4), got {tuple(boxes.shape)}, {tuple(others.shape)}")
-    one, other = boxes.unsqueeze(-2), others.unsqueeze(-3)
+    one, other = _wide(boxes).unsqueeze(-2), _wide(others).unsqueeze(-3)
     inner = torch.minimum(one[..., 2:], other[..., 2:]) - torch.maximum(one[..., :2], other[..., :2])
     outer = torch.maximum(one[..., 2:], other[..., 2:]) - torch.minimum(one[..., :2], other[..., :2])
     shared, hull = inner.clamp(min=0).prod(-1), outer.prod(-1)
@@ -453,6 +463,6 @@ def _checked_targets(
     labels, boxes = (torch.cat([target[name] for target in targets]) for name in ("labels", "boxes"))
     if ((labels < 0) | (labels >= channels - 1)).any():
         raise ValueError(f"labels must be from 0 to {channels - 2}, got {labels.min()} to {labels.max()}")
-    if ((boxes < -MARGIN) | (boxes > 1 + MARGIN)).any():
+    if not ((boxes >= -MARGIN) & (boxes <= 1 + MARGIN)).all():  # also finds NaN
         raise ValueError(f"boxes must be from 0 to 1, not pixels, got {boxes.min():.4g} to {boxes.max():.4g}")
     return labels.long(), boxes

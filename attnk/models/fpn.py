@@ -123,7 +123,7 @@ class FeaturePyramid(nn.Module):
         merged = lateral
         if attends:
             assert self.position is not None
-            query_pos, key_pos = (self.position.as_map(*each.shape[2:]) for each in (lateral, coarser))
+            query_pos, key_pos = (self.position.as_map(*each.shape[2:], like=each) for each in (lateral, coarser))
             merged = self.attention[str(level)](lateral, coarser, query_pos=query_pos, key_pos=key_pos)
         if self.merge == "both" or not attends:
             merged = merged + F.interpolate(coarser, size=lateral.shape[2:], mode="nearest")
@@ -140,8 +140,8 @@ class FeaturePyramid(nn.Module):
             check_shape(name, each, "(B, C, H, W)", 1, self.in_channels[level])
             if each.shape[2] * each.shape[3] == 0:
                 raise ValueError(f"{name} must have at least one pixel, got {tuple(each.shape)}")
-            if len(each) != len(maps[0]):
-                raise ValueError(f"{name} must have the batch size of maps[0], {len(maps[0])}, got {len(each)}")
+            if each.shape[0] != maps[0].shape[0]:
+                raise ValueError(f"{name} must have the batch size of maps[0], {maps[0].shape[0]}, got {each.shape[0]}")
 
     def extra_repr(self) -> str:
         """The options that the children do not show."""

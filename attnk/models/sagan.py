@@ -123,13 +123,13 @@ class SAGANDiscriminatorBlock(nn.Module):
 class SAGANGenerator(nn.Module):
     """SAGAN's generator: a linear map to 4 x 4 pixels, blocks that double them, attention on one of the maps, tanh.
 
-    With 128 x 128 images it is the published one: 16, 16, 8, 4, 2 and 1 times ``width`` channels, attention
-    (``attnk.SAGANAttention``) on the map of 32 x 32. As its gamma starts at 0, the network starts as the one without.
-    Spectral norm is on everything but the batch norms.
+    With ``image_size=128, attention_size=32`` it is the published one: 16, 16, 8, 4, 2 and 1 times ``width`` channels,
+    attention (``attnk.SAGANAttention``) on the map of 32 x 32. As its gamma starts at 0, the network starts as the one
+    without. Spectral norm is on everything but the batch norms.
 
     PyTorch refuses to pickle modules with its spectral norm: save ``state_dict()``, not the network. ``copy.deepcopy``
-    works. The paper trains with ``torch.optim.Adam(betas=(0.0, 0.9))``, the generator at a rate of 1e-4, the
-    discriminator at 4e-4.
+    works. The attention's gamma is a number without axes, which FSDP does not shard. The paper trains with
+    ``torch.optim.Adam(betas=(0.0, 0.9))``, the generator at a rate of 1e-4, the discriminator at 4e-4.
 
     Keys: ``linear.*``, ``blocks.{i}.*``, ``attention.*``, ``bn.*``, ``conv.*``.
 
@@ -205,12 +205,13 @@ class SAGANGenerator(nn.Module):
 class SAGANDiscriminator(nn.Module):
     """SAGAN's discriminator: blocks down to 4 x 4 pixels, attention on one of the maps, a sum over them, linear.
 
-    With 128 x 128 images it is the published one: 1, 2, 4, 8, 16 and 16 times ``width`` channels, attention
-    (``attnk.SAGANAttention``) on the map of 32 x 32. Given classes it is a projection discriminator (Miyato and Koyama,
-    2018, https://arxiv.org/abs/1802.05637): ``linear(h) + embed(label) . h``. Spectral norm is on everything, the
-    embedding too. In training each call moves its vectors by a step of the power iteration.
+    With ``image_size=128, attention_size=32`` it is the published one: 1, 2, 4, 8, 16 and 16 times ``width`` channels,
+    attention (``attnk.SAGANAttention``) on the map of 32 x 32. Given classes it is a projection discriminator (Miyato
+    and Koyama, 2018, https://arxiv.org/abs/1802.05637): ``linear(h) + embed(label) . h``. Spectral norm is on
+    everything, the embedding too. In training each call moves its vectors by a step of the power iteration.
 
-    Pickling and training are as ``SAGANGenerator`` has them.
+    Pickling and training are as ``SAGANGenerator`` has them. A gradient penalty differentiates a gradient: call the
+    network under ``attnk.use_backend("reference")`` for it.
 
     Keys: ``blocks.{i}.*``, ``attention.*``, ``linear.*`` and, for classes, ``embed.*``.
 

@@ -25,8 +25,9 @@ class SwinTransformer(nn.Module):
     ``layers.{i}.blocks.{j}.*`` as ``SwinBlock`` has them, ``norm.*``, ``head.fc.*``. Strict loading also takes
     torchvision's weights (``swin_t``) and those of the authors' code, where ``downsample`` belongs to the stage before.
 
-    Maps that windows do not divide are padded on the right and below, as in torchvision (see ``WindowAttention``), and
-    so are those of odd sides before they are halved.
+    Maps that windows do not divide are padded on the right and below, as in torchvision, and so are those of odd sides
+    before they are halved. timm's own networks give other numbers there, for they roll before they pad, and those built
+    for small images have smaller windows, with tables that do not fit these.
 
     Args:
         num_classes: how many logits.

@@ -9,7 +9,7 @@ from torch import nn
 
 from attnk import dispatch
 from attnk.modules._checks import backend_repr, check_heads, check_sizes, check_tensor
-from attnk.modules.position import resize_grid
+from attnk.modules.position import SinusoidalPosition2d, resize_grid
 from attnk.ops._checks import check_feature_map
 from attnk.ops._watch import tell, watchers
 from attnk.ops.softmax_attention import softmax_attention
@@ -64,7 +64,8 @@ def attend_pixels(layer: nn.Module, x: torch.Tensor, position: nn.Module | None 
     height, width = maps.shape[2:]
     tokens = maps.flatten(2).transpose(1, 2)
     if position is not None:
-        encoding = position(height, width)
+        options_of = {"like": tokens} if isinstance(position, SinusoidalPosition2d) else {}
+        encoding = position(height, width, **options_of)
         if encoding.shape not in (tokens.shape[1:], (1, *tokens.shape[1:])):
             needed = f"(N, C) or (1, N, C) with N = {height * width}, C = {tokens.shape[2]}"
             raise ValueError(f"position must return {needed}, got {tuple(encoding.shape)}")

@@ -14,9 +14,9 @@ STD = 0.02  # of the truncated normal distribution that learned positions start 
 
 
 class _Position2d(nn.Module):
-    def as_map(self, height: int, width: int) -> torch.Tensor:
+    def as_map(self, height: int, width: int, **options: Any) -> torch.Tensor:
         """The encoding as a map (1, dim, height, width), a channels_last view; to be added to one in any format."""
-        return self(height, width).T.unflatten(1, (height, width)).unsqueeze(0)
+        return self(height, width, **options).T.unflatten(1, (height, width)).unsqueeze(0)
 
 
 class LearnedPosition2d(_Position2d):
@@ -90,19 +90,24 @@ class SinusoidalPosition2d(_Position2d):
         self.register_buffer("anchor", torch.empty(0), persistent=False)  # lies where the module was moved to
         self._last: tuple[tuple, torch.Tensor] | None = None
 
-    def forward(self, height: int, width: int) -> torch.Tensor:
-        """The encoding of a grid: (height width, dim), row by row; shared by all calls, not to be written to."""
+    def forward(self, height: int, width: int, like: torch.Tensor | None = None) -> torch.Tensor:
+        """The encoding of a grid: (height width, dim), row by row; shared by all calls, not to be written to.
+
+        ``like`` is a tensor on whose device and in whose dtype it shall be, in place of the module's own: for networks
+        whose weights moved without it, as ``load_state_dict(assign=True)`` and FSDP's mixed precision do.
+        """
         _check_positive(height=height, width=width)
-        if not is_plain(self.anchor):
-            return self._encode(height, width)
-        key = (height, width, self.anchor.device, self.anchor.dtype)
+        like = self.anchor if like is None else like
+        if not is_plain(self.anchor) or not is_plain(like):
+            return self._encode(height, width, like.device, like.dtype)
+        key = (height, width, like.device, like.dtype)
         if self._last is None or self._last[0] != key:
             with torch.inference_mode(False):
-                self._last = (key, self._encode(height, width))
+                self._last = (key, self._encode(height, width, like.device, like.dtype))
         return self._last[1]
 
-    def _encode(self, height: int, width: int) -> torch.Tensor:
-        device, dtype = self.anchor.device, torch.promote_types(self.anchor.dtype, torch.float32)
+    def _encode(self, height: int, width: int, device: torch.device, to: torch.dtype) -> torch.Tensor:
+        dtype = torch.promote_types(to, torch.float32)
         exponents = torch.arange(self.dim // 4, device=device, dtype=dtype) / (self.dim // 4)
         sides = []
         for size in (height, width):
@@ -113,7 +118,7 @@ class SinusoidalPosition2d(_Position2d):
             sides.append(torch.stack((angle.sin(), angle.cos()), 2).flatten(1))
         rows = sides[0][:, None].expand(-1, width, -1)
         columns = sides[1][None].expand(height, -1, -1)
-        return torch.cat((rows, columns), 2).flatten(0, 1).to(self.anchor.dtype)
+        return torch.cat((rows, columns), 2).flatten(0, 1).to(to)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_last": None}
