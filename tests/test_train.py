@@ -44,8 +44,8 @@ def one_thread():
 # ten places, where it is. The pictures are of two digits, soon told apart. The weights of VGG's convolutions are
 # scaled, in both networks alike: as published, without batch norms, they fade, and nothing is learnt in so few steps.
 # Dropout is 0 in both: a fused kernel and the published code do not drop the same weights. Learning rates and factors
-# were searched for, so that the loss falls and rounding does not yet grow: at higher rates the published code in float32
-# leaves its own curve in float64 by as much as it leaves attnk's.
+# were searched for, so that the loss falls and rounding does not yet grow: at higher rates the published code leaves
+# its own curve, of float64, by as much as it leaves attnk's.
 
 
 def vgg(network, digits, **options):
