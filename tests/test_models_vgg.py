@@ -126,7 +126,8 @@ def test_equals_its_formula(block, position, images):
         if index == (4, 9, 16, 23, 30)[block - 1]:
             tokens = x.flatten(2).transpose(1, 2)
             if position == "sinusoidal":
-                tokens = tokens + attnk.SinusoidalPosition2d(tokens.shape[2]).double()(*x.shape[2:])
+                encoding = attnk.SinusoidalPosition2d(tokens.shape[2]).double()(*x.shape[2:])
+                tokens = tokens + encoding / tokens.shape[2] ** 0.5
             elif position == "learned":
                 tokens = tokens + model.positions[name].pos_embed
             x = layer(tokens).transpose(1, 2).reshape(x.shape)

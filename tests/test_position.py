@@ -341,3 +341,11 @@ def test_sinusoidal_like_another_tensor():
         position = SinusoidalPosition2d(8)
     layer = FeatureMapAttention(SelfAttention(8, 2), position=position)
     assert layer(torch.randn(1, 8, 3, 4)).isfinite().all()
+
+
+def test_sinusoidal_of_another_amplitude():
+    torch.testing.assert_close(SinusoidalPosition2d(8, amplitude=0.25)(3, 4), SinusoidalPosition2d(8)(3, 4) / 4)
+    assert repr(SinusoidalPosition2d(8, amplitude=0.25)).endswith("amplitude=0.25)")
+    assert "amplitude" not in repr(SinusoidalPosition2d(8))
+    with pytest.raises(ValueError, match="amplitude must be a positive number, got 0"):
+        SinusoidalPosition2d(8, amplitude=0)

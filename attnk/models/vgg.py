@@ -52,7 +52,8 @@ class VGG16WithAttention(nn.Module):
     Args:
         num_classes: how many logits.
         attention_positions: behind which of the blocks 1 to 5 there is attention.
-        position: what tells the pixels apart: "sinusoidal", added to the tokens; "learned", alike, with weights
+        position: what tells the pixels apart: "sinusoidal", added to the tokens, divided by the root of their channels,
+            for as large as features it drowns them; "learned", added too, with weights
             ``positions.block{i}.pos_embed``; "relative", a bias on the logits, with weights
             ``positions.block{i}.relative_position_bias_table``; or None. ``compat="original"`` has none.
         compat: None, or "original".
@@ -98,7 +99,7 @@ class VGG16WithAttention(nn.Module):
             channels, side = width * WIDTHS[block - 1], max(1, image_size // 2**block)
             self.attention_layers[f"block{block}"] = TransformerEncoderLayer(channels, HEADS)
             if position == "sinusoidal":
-                self.positions[f"block{block}"] = SinusoidalPosition2d(channels)
+                self.positions[f"block{block}"] = SinusoidalPosition2d(channels, amplitude=channels**-0.5)
             elif position == "learned":
                 self.positions[f"block{block}"] = LearnedPosition2d(side, side, channels)
             elif position == "relative":

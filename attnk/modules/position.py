@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attnk.modules._checks import check_sizes
+from attnk.modules._checks import check_positive, check_sizes
 from attnk.ops._calls import autocast_is_on, is_plain
 
 STD = 0.02  # of the truncated normal distribution that learned positions start from, as in ViT and Swin
@@ -66,19 +66,27 @@ class SinusoidalPosition2d(_Position2d):
         temperature: the largest wavelength by the smallest.
         normalize: whether positions are divided by the height and width and multiplied by ``scale``.
         scale: what a side of the map then measures; 2 pi by default.
+        amplitude: of the sines and cosines.
 
     Raises:
-        ValueError: ``dim`` that is no positive multiple of 4, a temperature that is not positive, a scale without
-            ``normalize``.
+        ValueError: ``dim`` that is no positive multiple of 4, a temperature or amplitude that is not positive, a scale
+            without ``normalize``.
     """
 
     anchor: torch.Tensor
 
     def __init__(
-        self, dim: int, temperature: float = 10000, normalize: bool = False, scale: float | None = None
+        self,
+        dim: int,
+        temperature: float = 10000,
+        normalize: bool = False,
+        scale: float | None = None,
+        *,
+        amplitude: float = 1.0,
     ) -> None:
         super().__init__()
         check_sizes(dim=dim)
+        check_positive(amplitude=amplitude)
         if dim % 4:
             raise ValueError(f"dim must be a multiple of 4, got {dim}")
         if temperature <= 0:
@@ -87,6 +95,7 @@ class SinusoidalPosition2d(_Position2d):
             raise ValueError(f"scale must be None without normalize=True, got {scale!r}")
         self.dim, self.temperature, self.normalize = dim, temperature, normalize
         self.scale = 2 * math.pi if scale is None else scale
+        self.amplitude = amplitude
         self.register_buffer("anchor", torch.empty(0), persistent=False)  # lies where the module was moved to
         self._last: tuple[tuple, torch.Tensor] | None = None
 
@@ -118,7 +127,7 @@ class SinusoidalPosition2d(_Position2d):
             sides.append(torch.stack((angle.sin(), angle.cos()), 2).flatten(1))
         rows = sides[0][:, None].expand(-1, width, -1)
         columns = sides[1][None].expand(height, -1, -1)
-        return torch.cat((rows, columns), 2).flatten(0, 1).to(to)
+        return (torch.cat((rows, columns), 2).flatten(0, 1) * self.amplitude).to(to)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_last": None}
@@ -126,7 +135,8 @@ class SinusoidalPosition2d(_Position2d):
     def extra_repr(self) -> str:
         """Options."""
         scale = f", scale={self.scale:.6g}" if self.normalize else ""
-        return f"{self.dim}, temperature={self.temperature}, normalize={self.normalize}{scale}"
+        amplitude = "" if self.amplitude == 1 else f", amplitude={self.amplitude:.6g}"
+        return f"{self.dim}, temperature={self.temperature}, normalize={self.normalize}{scale}{amplitude}"
 
 
 class RelativePositionBias(nn.Module):
