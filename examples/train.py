@@ -31,8 +31,6 @@ from torch.utils.data import DataLoader, Dataset, Subset, random_split
 
 import attnk
 from attnk import dispatch, models
-from attnk.models.axial_resnet import axial_resnet26
-from attnk.models.swin import swin_tiny
 from attnk.testing import published
 
 try:
@@ -116,11 +114,11 @@ VIT = {"patch_size": 4, "dim": 64, "depth": 4, "num_heads": 4}
 VGG, SPATIAL_VGG = models.vgg16_with_attention, models.vgg16_with_spatial_attention
 RESNET, RESNET_SIZES = models.resnet50_with_attention, {"layers": (1, 1, 1, 1), "width": 16}
 NETWORKS = {
-    "axial_resnet26": Network(axial_resnet26, {"width": 16, "num_heads": 4}, 3e-3, sized=True),
+    "axial_resnet26": Network(models.axial_resnet26, {"width": 16, "num_heads": 4}, 3e-3, sized=True),
     "cbam": Network(CBAMNet, {"width": 16}, 3e-3, partial(CBAMNet, attention=published.CBAM), compat=True),
     "resnet50_with_attention": Network(RESNET, RESNET_SIZES, 1e-3, sized=True),
     "senet": Network(models.SENet, {}, 3e-2, published_senet),
-    "swin_tiny": Network(swin_tiny, SWIN, 1e-3),
+    "swin_tiny": Network(models.swin_tiny, SWIN, 1e-3),
     "vgg16_with_attention": Network(VGG, {"width": 8}, 3e-4, published.VGG16WithAttention, True),
     "vgg16_with_spatial_attention": Network(SPATIAL_VGG, {"width": 8}, 1e-3, published.VGG16WithSpatialAttention, True),
     "vit": Network(models.ViT, VIT, 2e-3, published.ViT, True, sized=True),
