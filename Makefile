@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/.installed
 
 help:
 	@echo "make demo   accuracy, a picture and a stopwatch on real images (four minutes, no GPU needed)"
-	@echo "make test   all tests (forty minutes on two cores, no GPU needed)"
+	@echo "make test   all tests (half an hour on two cores, no GPU needed)"
 	@echo "make bench  all benchmarks that this machine can run"
 	@echo "make lint   formatting, lint and types"
 	@echo "make gpu    on a machine with a GPU: its tests, the tuning sweep, the benchmarks"
@@ -25,9 +25,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)
 	$(BIN)/python -m attnk demo
 
-# the kernels run in Triton's interpreter, which excludes its compiler: the second run compiles them ahead of time
+# The kernels run in Triton's interpreter, which excludes its compiler: the second run compiles them ahead of time.
+# One thread a worker: with more, threads of tiny operators wait for each other, and everything takes half as long again.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) tests
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest --numprocesses $(WORKERS) tests/test_aot.py
 
 bench: $(INSTALLED)
