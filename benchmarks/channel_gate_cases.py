@@ -12,31 +12,13 @@ from torch import Tensor, nn
 
 import attnk
 from attnk.fallback import channel_gate as operators
+from attnk.testing import published
 
 __all__ = ["CAPTION", "PROVIDERS", "TITLE", "ChannelGateCase", "Tuning", "panels", "tuned_case", "tuned_cases"]
 
 TITLE = "Channel gate, reduction 16"
 REDUCTION = 16
 SE, BOTH = "SE", "avg + max"
-
-
-class TutorialSE(nn.Module):
-    """Squeeze and excitation as it is usually written."""
-
-    def __init__(self, channel: int, reduction: int = REDUCTION) -> None:
-        super().__init__()
-        self.avg_pool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Sequential(
-            nn.Linear(channel, channel // reduction),
-            nn.ReLU(inplace=True),
-            nn.Linear(channel // reduction, channel),
-            nn.Sigmoid(),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        b, c, _, _ = x.size()
-        y = self.fc(self.avg_pool(x).view(b, c)).view(b, c, 1, 1)
-        return x * y.expand_as(x)
 
 
 class TutorialChannelGate(nn.Module):
@@ -68,7 +50,7 @@ class ChannelGateCase(GateCase):
     titles: ClassVar[dict[str, str]] = {SE: "mean (SE)", BOTH: "mean and maximum"}
 
     def usual(self) -> nn.Module:
-        return (TutorialSE if self.kind == SE else TutorialChannelGate)(self.shape[1])
+        return (published.SELayer if self.kind == SE else TutorialChannelGate)(self.shape[1], REDUCTION)
 
     def fused(self) -> nn.Module:
         if self.kind == SE:

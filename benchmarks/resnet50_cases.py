@@ -36,22 +36,19 @@ EXACT, CHOICE = 1e-6, 5e-2  # relative errors; nearly equal maxima and zeros of 
 LEARNING_RATE = 1e-4  # so small that the weights stay about as they are
 
 
-@dataclasses.dataclass(frozen=True)
-class Resnet50Case:
-    """A network and its batch: float32 on a CPU, bfloat16 by autocast and channels_last on a GPU.
+class NetworkCase:
+    """What the cases of whole networks share: float32 on a CPU, bfloat16 by autocast and channels_last on a GPU."""
 
-    Attributes:
-        gate: a key of GATES.
-        batch, side: of the images.
-        device: "cpu" or "cuda".
-    """
+    op: ClassVar[str]
 
-    op: ClassVar[str] = "resnet50"
-
-    gate: str
     batch: int
     side: int
-    device: str = "cpu"
+    device: str
+
+    @property
+    def case(self) -> str:
+        """What is told apart of a network."""
+        raise NotImplementedError
 
     @property
     def dtype(self) -> str:
@@ -68,7 +65,40 @@ class Resnet50Case:
         """The case as columns of a results file."""
         layout = "channels_last" if self.device == "cuda" else "contiguous"
         shape = f"{self.batch}x3x{self.side}x{self.side}"
-        return {"op": self.op, "case": self.gate, "shape": shape, "dtype": self.dtype, "layout": layout}
+        return {"op": self.op, "case": self.case, "shape": shape, "dtype": self.dtype, "layout": layout}
+
+    def network(self, provider: str) -> nn.Module:
+        """What a provider runs."""
+        raise NotImplementedError
+
+    def data(self) -> tuple[Tensor, Tensor]:
+        """Images and labels."""
+        generator = torch.Generator().manual_seed(1)
+        images = torch.randn(self.batch, 3, self.side, self.side, generator=generator)
+        labels = torch.randint(1000, (self.batch,), generator=generator)
+        return images.to(self.device, memory_format=self.memory_format), labels.to(self.device)
+
+
+@dataclasses.dataclass(frozen=True)
+class Resnet50Case(NetworkCase):
+    """A network and its batch.
+
+    Attributes:
+        gate: a key of GATES.
+        batch, side: of the images.
+        device: "cpu" or "cuda".
+    """
+
+    op: ClassVar[str] = "resnet50"
+
+    gate: str
+    batch: int
+    side: int
+    device: str = "cpu"
+
+    @property
+    def case(self) -> str:
+        return self.gate
 
     def network(self, provider: str) -> nn.Module:
         """What a provider trains; all that have gates have the same weights, and so have the others."""
@@ -89,13 +119,6 @@ class Resnet50Case:
                 network.load_state_dict(state)
         return network.to(self.device, memory_format=self.memory_format)
 
-    def data(self) -> tuple[Tensor, Tensor]:
-        """Images and labels."""
-        generator = torch.Generator().manual_seed(1)
-        images = torch.randn(self.batch, 3, self.side, self.side, generator=generator)
-        labels = torch.randint(1000, (self.batch,), generator=generator)
-        return images.to(self.device, memory_format=self.memory_format), labels.to(self.device)
-
     def steps(self, compiled: bool) -> dict[str, "Step"]:
         """A training step of every provider."""
         torch._dynamo.reset()
@@ -105,7 +128,7 @@ class Resnet50Case:
 class Step:
     """Forward, loss, backward and the optimizer of one provider."""
 
-    def __init__(self, case: Any, provider: str) -> None:
+    def __init__(self, case: NetworkCase, provider: str) -> None:
         self.provider, self.device, self.dtype = provider, case.device, DTYPES[case.dtype]
         self.network = case.network(provider)
         self.call = torch.compile(self.network, fullgraph=True) if COMPILED in provider else self.network

@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from harness import DTYPES, SEED, Provider, WrongResult
 from tile_tuning import TileTuning
-from torch import Tensor, nn
+from torch import Tensor
 
 from attnk.ops.softmax_attention import softmax_attention
 from attnk.reference.softmax_attention import relative_position_index, softmax_attention_reference
+from attnk.testing import published
 
 TITLE = "Softmax attention"
 DROPOUT = 0.1
@@ -59,34 +60,8 @@ def tutorial_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = No
     return torch.matmul(weights, v)
 
 
-class TutorialSelfAttention(nn.Module):
-    """Multi-head self-attention as the tutorials write it."""
-
-    def __init__(self, embed_dim: int, num_heads: int = 8, dropout: float = 0.1) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.head_dim = embed_dim // num_heads
-        self.qkv_proj = nn.Linear(embed_dim, embed_dim * 3)
-        self.out_proj = nn.Linear(embed_dim, embed_dim)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch_size, seq_len, embed_dim = x.size()
-        qkv = self.qkv_proj(x).chunk(3, dim=-1)
-        q, k, v = [part.view(batch_size, seq_len, self.num_heads, self.head_dim).transpose(1, 2) for part in qkv]
-        attn_output = self.attend(q, k, v)
-        attn_output = attn_output.transpose(1, 2).contiguous().view(batch_size, seq_len, embed_dim)
-        return self.out_proj(attn_output)
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        scores = torch.matmul(q, k.transpose(-2, -1)) / math.sqrt(self.head_dim)
-        attn_weights = torch.softmax(scores, dim=-1)
-        attn_weights = self.dropout(attn_weights)
-        return torch.matmul(attn_weights, v)
-
-
-class TutorialWithSDPA(TutorialSelfAttention):
-    """The same, its formula replaced by PyTorch's function."""
+class TutorialWithSDPA(published.SelfAttention):
+    """Self-attention as a tutorial writes it, its formula replaced by PyTorch's function."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout.p if self.training else 0.0)
@@ -393,7 +368,7 @@ class SelfAttentionCase:
     def providers(self, compiled: bool = True) -> dict[str, Provider]:
         from attnk.modules.self_attention import SelfAttention
 
-        classes = {"tutorial": TutorialSelfAttention, "sdpa": TutorialWithSDPA, "attnk": SelfAttention}
+        classes = {"tutorial": published.SelfAttention, "sdpa": TutorialWithSDPA, "attnk": SelfAttention}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             modules = {

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import attnk
 from attnk.reference.spatial_gate import spatial_gate_reference
+from attnk.testing import published
 
 TITLE = "Spatial gate, 7 x 7 convolution"
 KERNEL_SIZE = 7
@@ -23,34 +24,6 @@ PROVIDERS = {
     "cpu": ("tutorial", "torch.compile", "attnk"),
     "cuda": ("tutorial", "torch.compile", "attnk, two launches", "attnk, one launch"),
 }
-
-
-class TutorialMap(nn.Module):
-    """Spatial attention as tutorials write it that return the map."""
-
-    def __init__(self, kernel_size: int = KERNEL_SIZE) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(2, 1, kernel_size, padding=kernel_size // 2, bias=False)
-        self.sigmoid = nn.Sigmoid()
-
-    def forward(self, x: Tensor) -> Tensor:
-        avg_out = torch.mean(x, dim=1, keepdim=True)
-        max_out, _ = torch.max(x, dim=1, keepdim=True)
-        return self.sigmoid(self.conv1(torch.cat([avg_out, max_out], dim=1)))
-
-
-class TutorialGated(nn.Module):
-    """Spatial attention as tutorials write it that return the gated input."""
-
-    def __init__(self, kernel_size: int = KERNEL_SIZE) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(2, 1, kernel_size, padding=kernel_size // 2)
-        self.sigmoid = nn.Sigmoid()
-
-    def forward(self, x: Tensor) -> Tensor:
-        max_pool = torch.max(x, dim=1, keepdim=True)[0]
-        avg_pool = torch.mean(x, dim=1, keepdim=True)
-        return x * self.sigmoid(self.conv(torch.cat([max_pool, avg_pool], dim=1)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +50,7 @@ class SpatialGateCase(GateCase):
         return 64 * self.size // self.itemsize  # its oracle goes through x in parts
 
     def usual(self) -> nn.Module:
-        return TutorialMap() if self.kind == "map" else TutorialGated()
+        return published.SpatialAttention(KERNEL_SIZE) if self.kind == "map" else published.CBAMSpatialAttention()
 
     def fused(self) -> nn.Module:
         options = {"order": "max_avg", "bias": True} if self.kind == "gated" else {}

@@ -28,8 +28,8 @@ PROVIDERS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class VGG16Case:
-    """A network and its batch: float32 on a CPU, bfloat16 by autocast and channels_last on a GPU.
+class VGG16Case(resnet50_cases.NetworkCase):
+    """A network and its batch.
 
     Attributes:
         kind: one of KINDS.
@@ -47,26 +47,13 @@ class VGG16Case:
     width: int = 64
 
     @property
-    def dtype(self) -> str:
-        return "bf16" if self.device == "cuda" else "fp32"
-
-    @property
-    def memory_format(self) -> torch.memory_format:
-        return torch.channels_last if self.device == "cuda" else torch.contiguous_format
+    def case(self) -> str:
+        return self.kind
 
     @property
     def size(self) -> int:
         """Bytes of the images in float32."""
         return 4 * self.batch * 3 * self.side**2
-
-    def __str__(self) -> str:
-        return " ".join(str(value) for key, value in self.fields().items() if key != "op")
-
-    def fields(self) -> dict[str, Any]:
-        """The case as columns of a results file."""
-        layout = "channels_last" if self.device == "cuda" else "contiguous"
-        shape = f"{self.batch}x3x{self.side}x{self.side}"
-        return {"op": self.op, "case": self.kind, "shape": shape, "dtype": self.dtype, "layout": layout}
 
     def network(self, provider: str) -> nn.Module:
         """What a provider trains; all start from the same weights, under which the images reach the logits."""
@@ -89,13 +76,6 @@ class VGG16Case:
                 if isinstance(layer, nn.Conv2d):
                     nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
         return network.to(self.device, memory_format=self.memory_format)
-
-    def data(self) -> tuple[Tensor, Tensor]:
-        """Images and labels."""
-        generator = torch.Generator().manual_seed(1)
-        images = torch.randn(self.batch, 3, self.side, self.side, generator=generator)
-        labels = torch.randint(1000, (self.batch,), generator=generator)
-        return images.to(self.device, memory_format=self.memory_format), labels.to(self.device)
 
     def steps(self, compiled: bool) -> dict[str, "Step"]:
         """What every provider runs, without those that compile or with them."""

@@ -31,10 +31,12 @@ class SelfAttention(nn.Module):
             part.view(batch, tokens, self.num_heads, self.head_dim).transpose(1, 2)
             for part in self.qkv_proj(x).chunk(3, dim=-1)
         )
-        scores = torch.matmul(q, k.transpose(-2, -1)) / math.sqrt(self.head_dim)
-        weights = self.dropout(torch.softmax(scores, dim=-1))
-        attended = torch.matmul(weights, v).transpose(1, 2).contiguous().view(batch, tokens, channels)
+        attended = self.attend(q, k, v).transpose(1, 2).contiguous().view(batch, tokens, channels)
         return self.out_proj(attended)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = torch.matmul(q, k.transpose(-2, -1)) / math.sqrt(self.head_dim)
+        return torch.matmul(self.dropout(torch.softmax(scores, dim=-1)), v)
 
 
 class TransformerEncoderLayer(nn.Module):
